@@ -21,6 +21,8 @@ Scores are float32 or wider, outside autocast; a half or bfloat16 z gets its gra
 Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -74,7 +76,7 @@ def _supcon_terms(z, y, tau, denominator, positives_cap, views):
             raise ValueError("class probabilities y (N, C) go with denominator='all' and no positives_cap alone")
         a = _others(z)
         w = _rows_to_one(_scores(y.to(s.dtype)) * a)
-        return w, s - _log_sum_exp(s, a)
+        return w, torch.where(a, s - _log_sum_exp(s, a), 0)
     p, n = _positives_negatives(y)
     if positives_cap is not None:
         p = _cap_positives(p, positives_cap, views)
@@ -146,7 +148,7 @@ class SupConLoss(nn.Module):
         a = _others(z)[:rows]
         s = _scores(z)[:rows] / self.temperature
         w = _rows_to_one(mask.to(device=z.device, dtype=s.dtype).repeat(V, V)[:rows] * a)
-        log_p = s - _log_sum_exp(s, a)  # log P_ip
+        log_p = torch.where(a, s - _log_sum_exp(s, a), 0)  # log P_ip
         loss = -(w * log_p).sum(1) if self.variant == "out" else -_log_mean_exp(log_p, w)
         scale = 1 if self.base_temperature is None else self.temperature / self.base_temperature
         return scale * _reduce(loss, w.sum(1) > 0, "mean")
@@ -178,10 +180,12 @@ def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"
     """
     _check(z, y)
     _check_word("mining", mining, ("all", "hard", "semihard"))
+    if len(z) == 0:
+        return _reduce(z.sum(1), y > 0, reduction)
     p, n = _positives_negatives(y)
     valid = p.any(1) & n.any(1)
     d = _squared_distances(z)
-    hinge = F.softplus if soft else F.relu
+    hinge = _softplus if soft else F.relu
     if mining == "hard":
         farthest = d.masked_fill(~p, -torch.inf).amax(1)
         nearest = d.masked_fill(~n, torch.inf).amin(1)
@@ -204,17 +208,22 @@ def _semihard_negatives(d, n):
 
 def _mean_over_triplets(d, p, n, margin, hinge):
     """Mean over P(i) x N(i), one positive of every anchor at a time: N^2 numbers in memory, not N^3."""
-    d_p = d.masked_fill(~p, torch.inf).sort(1).values
+    count = p.sum(1)
+    d_p = d.gather(1, p.int().argsort(dim=1, descending=True, stable=True))  # the positives of each row first
     w = _rows_to_one(n.to(d.dtype))
 
-    def one_positive(column):
-        there = column.isfinite()
-        return torch.where(there, (hinge(column.where(there, 0) - d + margin) * w).sum(1, keepdim=True), 0)
+    def kth_positive(k, d_p, d):
+        return torch.where(k < count, (hinge(d_p[:, k, None] - d + margin) * w).sum(1), 0)
 
-    total = torch.zeros_like(d[:, :1])
-    for k in range(int(p.sum(1).max())):
-        total = total + checkpoint(one_positive, d_p[:, k : k + 1], use_reentrant=False)
-    return total.squeeze(1) / p.sum(1).clamp(min=1)
+    total = kth_positive(0, d_p, d)
+    for k in range(1, max(count.tolist())):
+        total = total + checkpoint(kth_positive, k, d_p, d, use_reentrant=False)
+    return total / count.clamp(min=1)
+
+
+def _softplus(u):
+    """log(1 + e^u), exact where torch's own turns linear."""
+    return torch.logaddexp(u, torch.zeros_like(u))
 
 
 def max_margin(z, y, margin=1.0, *, reduction="mean"):
@@ -257,8 +266,11 @@ def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
 def uniformity(z, t=2):
     """Wang & Isola 2020 (B eq. 10): log of the mean over pairs i != j of exp(-t ||z_i - z_j||^2)."""
     _check(z)
-    a = _others(z)
-    return _log_sum_exp((-t * _squared_distances(z)).reshape(1, -1), a.reshape(1, -1)).squeeze() - a.sum().log()
+    N = len(z)
+    if N < 2:
+        raise ValueError(f"uniformity needs a pair of rows, got {N}")
+    d = (-t * _squared_distances(z)).masked_fill(~_others(z), -torch.inf)
+    return d.flatten().logsumexp(0) - math.log(N * (N - 1))
 
 
 def alignment(z, *, views=2):

@@ -1,0 +1,888 @@
+"""Stage 1: contrastive pretraining. x -> Enc(x) = r -> Proj(r) = z -> loss (Khosla et al. 2020, section 3.1).
+
+    python pretrain.py --dataset shapes                        # minutes on two CPU cores, no download
+    python pretrain.py --dataset cifar10 --batch 1024          # the reference code's CIFAR-10 recipe, on a GPU
+    torchrun --nproc_per_node=8 pretrain.py --dataset cifar10 --batch 1024      # the same batch on eight GPUs
+    python pretrain.py --resume runs/cifar10-resnet50-supcon-s0                 # go on where a run stopped
+    python linear_probe.py runs/cifar10-resnet50-supcon-s0/ckpt.pt              # stage 2
+
+A run folder holds config.json (options and versions), log.jsonl (an object per logged step and per epoch) and
+ckpt.pt. `--batch` is the number of images over all ranks; every image gives `--views` rows of the batch.
+Data order and views depend on (seed, epoch, position in the global batch) alone: not on the number of ranks,
+and not on whether the run was interrupted.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from click.core import ParameterSource
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.transforms.v2 import functional as TF
+
+import losses
+
+
+class Refused(click.ClickException):
+    """Something the user can put right: one line, exit status 2."""
+
+    exit_code = 2
+
+
+# ---------------------------------------------------------------- data: uint8 images, square, in memory
+
+
+class Data(NamedTuple):
+    images: torch.Tensor  # (n, 3, H, W) uint8
+    labels: torch.Tensor  # (n,) int64
+    classes: list  # names
+
+
+DATASETS = ("cifar10", "cifar100", "svhn", "fashionmnist", "folder", "shapes")
+MEAN_STD = {  # the reference code's; every other data set is measured
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+def load_data(dataset, root, train, *, size=None, download=True, seed=0):
+    """The training or test set as Data, resized to `size` where given. Raises Refused where it cannot be had."""
+    if dataset == "shapes":
+        return shapes(10_000 if train else 2_000, size or 32, seed=2 * seed + train)
+    if dataset == "folder":
+        return load_folder(root, train, size or 32)
+    try:
+        if dataset == "svhn":
+            d = torchvision.datasets.SVHN(root, split="train" if train else "test", download=download)
+            images, labels, classes = torch.from_numpy(d.data), d.labels, [str(c) for c in range(10)]
+        elif dataset == "fashionmnist":
+            d = torchvision.datasets.FashionMNIST(root, train=train, download=download)
+            images, labels, classes = d.data[:, None].expand(-1, 3, -1, -1), d.targets, d.classes
+        else:
+            kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
+            d = kind(root, train=train, download=download)
+            images, labels, classes = torch.from_numpy(d.data).permute(0, 3, 1, 2), d.targets, d.classes
+    except ModuleNotFoundError as e:
+        raise Refused(f"--dataset {dataset} needs the package {e.name}: pip install {e.name}") from e
+    except (RuntimeError, OSError) as e:
+        way = "put its files there by hand" if download else "let --download fetch it, or put its files there"
+        reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
+        raise Refused(f"--dataset {dataset} is not in --data {root} ({reason}): {way}") from e
+    images, labels = images.contiguous(), torch.as_tensor(np.asarray(labels), dtype=torch.long)
+    return Data(resize(images, size) if size else images, labels, list(classes))
+
+
+def load_folder(root, train, size):
+    """torchvision's ImageFolder over root/train, or root/test or root/val; shuffled once, by a fixed seed."""
+    names = ["train"] if train else ["test", "val"]
+    found = [Path(root, name) for name in names if Path(root, name).is_dir()]
+    if not found:
+        raise Refused(f"--data {root} has no folder {' or '.join(names)}: --dataset folder wants DIR/train/CLASS/*.jpg")
+    try:
+        folder = torchvision.datasets.ImageFolder(found[0])
+    except FileNotFoundError as e:
+        raise Refused(f"--data {found[0]}: {str(e).splitlines()[0]}") from e
+
+    def load(sample):
+        path, label = sample
+        try:
+            image = folder.loader(path)  # RGB, whatever the file holds
+        except OSError as e:
+            raise Refused(f"{path} is not a readable image: mend or remove it") from e
+        return TF.pil_to_tensor(TF.center_crop(TF.resize(image, size, antialias=True), size)), label
+
+    n = len(folder.samples)
+    images, labels = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, dtype=torch.long)
+    order = torch.randperm(n, generator=generator(0)).tolist()
+    with ThreadPoolExecutor() as pool:
+        for row, (image, label) in enumerate(pool.map(load, (folder.samples[i] for i in order))):
+            images[row], labels[row] = image, label
+    return Data(images, labels, folder.classes)
+
+
+def resize(images, size):
+    if images.shape[-1] == size:
+        return images
+    return torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
+
+
+def shapes(n, size, seed):
+    """Ten classes: five shapes, plain or striped, with random place, scale, angle, colours, background and noise."""
+    g = generator(seed)
+
+    def uniform(low, high, *shape):
+        return torch.rand(n, *shape, generator=g) * (high - low) + low
+
+    labels = torch.randint(10, (n,), generator=g)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in (-1, 1)
+    angle, scale = uniform(0, 2 * math.pi, 1, 1), uniform(0.5, 0.85, 1, 1)
+    x, y = axis[None, None] - uniform(-0.25, 0.25, 1, 1), axis[None, :, None] - uniform(-0.25, 0.25, 1, 1)
+    u = (x * angle.cos() + y * angle.sin()) / scale
+    v = (y * angle.cos() - x * angle.sin()) / scale
+    radius, turn = (u**2 + v**2).sqrt(), torch.atan2(v, u)
+    edge = torch.stack(  # below zero inside the shape
+        [
+            radius - 0.9,
+            torch.maximum(u.abs(), v.abs()) - 0.8,
+            torch.maximum(v - 0.5, u.abs() * 0.866 - v * 0.5 - 0.5),
+            torch.minimum(torch.maximum(u.abs() - 1, v.abs() - 0.3), torch.maximum(u.abs() - 0.3, v.abs() - 1)),
+            radius - 0.65 - 0.35 * (5 * turn).cos(),
+        ],
+        1,
+    )
+    inside = torch.sigmoid(-edge[torch.arange(n), labels // 2] * scale * size / 1.5)[:, None]
+    stripes = torch.sigmoid(8 * (uniform(7, 11, 1, 1) * u + uniform(0, 6.28, 1, 1)).sin())
+    stripes = (stripes * (labels % 2)[:, None, None])[:, None]
+
+    background, other, ink, second = (uniform(0, 1, 3, 1, 1) for _ in range(4))
+    ink = torch.where((ink - background).abs().mean(1, keepdim=True) < 0.25, 1 - background, ink)
+    second = torch.where((second - ink).abs().mean(1, keepdim=True) < 0.25, 1 - ink, second)
+    clouds = F.interpolate(uniform(0, 1, 1, 4, 4), size=(size, size), mode="bicubic").clamp(0, 1)
+    picture = background + 0.5 * clouds * (other - background)
+    picture = picture + inside * (ink + stripes * (second - ink) - picture)
+    picture = picture + uniform(0.02, 0.1, 1, 1, 1) * torch.randn(n, 3, size, size, generator=g)
+    names = [f"{texture} {shape}" for shape in ("disc", "square", "triangle", "cross", "star") for texture in ("plain", "striped")]
+    return Data((picture.clamp(0, 1) * 255).round().to(torch.uint8), labels, names)
+
+
+# ---------------------------------------------------------------- views: a whole batch at once, parameters per image
+
+
+class ViewParameters(NamedTuple):
+    box: torch.Tensor  # (n, 4) top, left, height, width of the crop, in pixels
+    flip: torch.Tensor  # (n,) bool
+    jitter: torch.Tensor  # (n, 4) brightness, contrast, saturation factors and hue shift; (1, 1, 1, 0) does nothing
+    gray: torch.Tensor  # (n,) bool
+    order: list  # of the four jitters, one for the batch
+
+
+def draw_view(n, size, augment, g):
+    """Parameters of one view of n images: SimCLR's distributions at the reference code's strengths.
+
+    Crop of (0.2, 1) of the area at aspect (3/4, 4/3), flip; "sim" adds colour jitter (0.4, 0.4, 0.4, 0.1) with
+    probability 0.8 and grey with 0.2. "none" leaves the images as they are.
+    """
+
+    def uniform(low, high, *shape):
+        return torch.rand(n, *shape, generator=g) * (high - low) + low
+
+    area = uniform(0.2, 1, 10) * size**2  # ten tries, as in torchvision; then the whole image
+    ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
+    sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 2).round()  # (n, 10, 2) height, width
+    fits = ((sides > 0) & (sides <= size)).all(2)
+    sides = sides[torch.arange(n), fits.int().argmax(1)]
+    sides = torch.where(fits.any(1, keepdim=True), sides, size)
+    corner = (uniform(0, 1, 2) * (size - sides + 1)).floor().clamp(max=size - sides)
+    box = torch.cat([corner, sides], 1)
+    flip = uniform(0, 1) < 0.5
+    jitter = torch.cat([uniform(0.6, 1.4, 3), uniform(-0.1, 0.1, 1)], 1)
+    jitter[uniform(0, 1) >= 0.8] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    gray = uniform(0, 1) < 0.2
+    order = torch.randperm(4, generator=g).tolist()
+    if augment == "none":
+        box, flip = torch.tensor([0.0, 0.0, size, size]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
+    if augment != "sim":
+        order, gray = [], torch.zeros(n, dtype=torch.bool)
+    return ViewParameters(box, flip, jitter, gray, order)
+
+
+def make_view(images, view, mean, std):
+    """images (n, 3, H, H) uint8 -> (n, 3, H, H) float32: cropped, flipped, jittered, greyed, normalised."""
+    x = crop_and_flip(images.float() / 255, view.box, view.flip)
+    jitters = (brightness, contrast, saturation, hue)
+    for j in view.order:
+        x = jitters[j](x, view.jitter[:, j, None, None, None])
+    if view.gray.any():
+        x = torch.where(view.gray[:, None, None, None], luma(x), x)
+    return normalize(x, mean, std)
+
+
+def normalize(x, mean, std):
+    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def crop_and_flip(x, box, flip):
+    """Each image's box, resized back to the image's size: a matrix for the rows and one for the columns."""
+    top, left, height, width = box.T
+    rows = resize_matrix(top, height, x.shape[2])
+    columns = resize_matrix(left, width, x.shape[3])
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    return rows[:, None] @ (x @ columns[:, None].mT)
+
+
+def resize_matrix(start, length, size):
+    """(n, size, size): output pixel o of image i as weights of the pixels in [start_i, start_i + length_i).
+
+    The triangle filter of torchvision's antialiased bilinear resize, cut off at the edges of the crop.
+    """
+    pixel = torch.arange(size, device=start.device, dtype=start.dtype)
+    start, length = start[:, None, None], length[:, None, None]
+    step = length / size
+    centre = start + (pixel[:, None] + 0.5) * step - 0.5
+    w = (1 - (pixel - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    w = w * ((pixel >= start) & (pixel < start + length))
+    return w / w.sum(2, keepdim=True)
+
+
+def luma(x):
+    """Rec. 601 grey, as torchvision's rgb_to_grayscale: (n, 1, H, W)."""
+    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def blend(x, other, factor):
+    return torch.lerp(other.expand_as(x), x, factor).clamp(0, 1)
+
+
+def brightness(x, factor):
+    return (x * factor).clamp(0, 1)
+
+
+def contrast(x, factor):
+    return blend(x, luma(x).mean((2, 3), keepdim=True), factor)
+
+
+def saturation(x, factor):
+    return blend(x, luma(x), factor)
+
+
+def hue(x, shift):
+    """Turns the hue by `shift` of a full circle (RGB to HSV and back, Smith 1978)."""
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    r, g, b = x.unbind(1)
+    safe = chroma.clamp(min=1e-12)
+    sector = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    sector = sector + 6 * shift.squeeze(1)
+    k = (torch.stack([sector + 5, sector + 3, sector + 1], 1)) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- order of the images
+
+
+def generator(*key):
+    """A torch generator whose stream belongs to the key (seed, epoch, step, ...) alone."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def shuffled(labels, g):
+    return torch.randperm(len(labels), generator=g)
+
+
+def shuffled_pairs(labels, g):
+    """Rows 2j and 2j + 1 show two images of one class, and the pairs go round the classes (Sohn's batches)."""
+    members = [m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels)]
+    pairs = [m[: len(m) // 2 * 2].view(-1, 2) for m in members]
+    most = max(len(p) for p in pairs)
+    rounds = torch.stack([p[torch.arange(most) % len(p)] for p in pairs], 1)  # (most, C, 2); small classes recur
+    turn = torch.rand(rounds.shape[:2], generator=g).argsort(1)
+    return rounds.gather(1, turn[:, :, None].expand(-1, -1, 2)).flatten()[: len(labels)]
+
+
+def images_of_classes(labels):
+    return [torch.nonzero(labels == c).squeeze(1) for c in labels.unique()]
+
+
+# ---------------------------------------------------------------- encoder, projection head, classifier head
+
+
+def build_encoder(arch, stem):
+    """(encoder, width of r). The entries of a ResNet bear torchvision's names; stem "3x3" suits small images."""
+    if arch == "small":
+        return small_encoder(), 128
+    if arch == "resnet200":
+        net = ResNet(Bottleneck, [3, 24, 36, 3])
+    else:
+        net = getattr(torchvision.models, arch)()
+    width, net.fc = net.fc.in_features, nn.Identity()
+    if stem == "3x3":
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return net, width
+
+
+def small_encoder():
+    """0.29 M weights that two CPU cores train in minutes: a stem and two of torchvision's basic blocks."""
+
+    def block(cin, cout):
+        shortcut = nn.Sequential(nn.Conv2d(cin, cout, 1, 2, bias=False), nn.BatchNorm2d(cout))
+        return BasicBlock(cin, cout, 2, shortcut)
+
+    stem = nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
+    return nn.Sequential(stem, block(32, 64), block(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(128))
+
+
+def build_projection(width, hidden, depth, dim):
+    """depth 1: a linear map; depth 2, the paper's: one hidden layer of `hidden` units and a ReLU."""
+    widths = [width] + [hidden] * (depth - 1) + [dim]
+    layers = []
+    for cin, cout in zip(widths, widths[1:]):
+        layers += [nn.Linear(cin, cout), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+class Model(nn.Module):
+    """x -> z = Proj(Enc(x)), on the unit sphere if `unit`, and the class scores of r if there is a classifier.
+
+    The encoder alone runs under autocast; the heads are small and stay in float32.
+    """
+
+    def __init__(self, encoder, projection=None, classifier=None, *, unit=True, detach=False, autocast=None):
+        super().__init__()
+        self.encoder, self.projection, self.classifier = encoder, projection, classifier
+        self.unit, self.detach, self.autocast = unit, detach, autocast
+
+    def forward(self, x):
+        r = encode(self.encoder, x, self.autocast)  # (N, width)
+        z = r if self.projection is None else self.projection(r)
+        z = F.normalize(z) if self.unit else z
+        logits = None if self.classifier is None else self.classifier(r.detach() if self.detach else r)
+        return z, logits
+
+
+def encode(encoder, x, autocast):
+    """r = Enc(x) in x's type, its inside in the type `autocast` if that is not None."""
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+        return encoder(x).to(x.dtype)
+
+
+def bfloat16_is_fast(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+# ---------------------------------------------------------------- the losses by name
+
+
+class Recipe(NamedTuple):
+    tau: float | None
+    views: int
+    lr: float  # per 1024 images
+    scaled: bool  # by tau/0.07, as the reference code scales its contrastive losses
+
+
+RECIPES = {
+    "supcon": Recipe(0.1, 2, 0.5, True),
+    "supcon-in": Recipe(0.1, 2, 0.5, True),
+    "simclr": Recipe(0.5, 2, 0.5, True),
+    "triplet": Recipe(None, 2, 0.5, False),
+    "n-pair": Recipe(None, 1, 0.1, False),
+    "max-margin": Recipe(None, 2, 0.5, False),
+    "ce": Recipe(None, 1, 0.8, False),
+}
+
+
+def contrastive_loss(config, z, labels):
+    """The loss `config.loss` of the global batch: z (V n, D) view by view, labels (n,)."""
+    y = labels.repeat(config.views)
+    if config.loss == "supcon":
+        return losses.supcon_out(z, y, config.tau)
+    if config.loss == "supcon-in":
+        return losses.supcon_in(z, y, config.tau)
+    if config.loss == "simclr":
+        return losses.nt_xent(z, config.tau, views=config.views)
+    if config.loss == "triplet":
+        return losses.triplet(z, y, 0.2 if config.margin is None else config.margin, mining=config.mining)
+    if config.loss == "max-margin":
+        return losses.max_margin(z, y, 1.0 if config.margin is None else config.margin)
+    return grouped_n_pair(z[0::2], z[1::2], config.num_classes) + config.npair_l2 * z.square().sum(1).mean()
+
+
+def grouped_n_pair(anchor, positive, num_classes):
+    """Sohn's N-pair loss takes one pair of each class: so do the groups that shuffled_pairs lines up."""
+    groups = zip(anchor.split(num_classes), positive.split(num_classes))
+    return torch.cat([losses.n_pair(a, p, reduction="none") for a, p in groups]).mean()
+
+
+def total_loss(config, z, logits, labels):
+    """loss-scale * contrastive, or cross-entropy, or (1 - w) of the one and w of the other (Gunel et al. 2021)."""
+    y = labels.repeat(config.views)
+    if config.loss == "ce":
+        return F.cross_entropy(logits, y)
+    loss = config.loss_scale * contrastive_loss(config, z, labels)
+    if logits is None:
+        return loss
+    return (1 - config.ce_weight) * loss + config.ce_weight * F.cross_entropy(logits, y)
+
+
+def collapse_and_floor(config, labels):
+    """(loss for collapsed features, lower bound); (None, None) where the loss has no such mark to watch.
+
+    All features alike give log|A(i)| = log(N - 1); L_out >= L_in >= log|P(i)|, the mean over the classes' shares.
+    """
+    rows = config.batch * config.views
+    if config.ce_weight or config.loss not in ("supcon", "supcon-in", "simclr"):
+        return None, None
+    share = torch.bincount(labels).double() / len(labels)
+    positives = config.views - 1 if config.loss == "simclr" else rows * share - 1
+    floor = share @ torch.as_tensor(positives).double().clamp(min=1).log().expand_as(share)
+    return config.loss_scale * math.log(rows - 1), config.loss_scale * floor.item()
+
+
+# ---------------------------------------------------------------- schedule, ranks, gathering
+
+
+def learning_rate(config, step, steps_per_epoch):
+    """Linear warm-up from --warmup-from, then cosine to lr/1000, or x0.1 at 70, 80, 90 % (step), or constant."""
+
+    def planned(t):  # t in [0, 1]
+        if config.schedule == "cosine":
+            low = config.lr * 1e-3
+            return low + (config.lr - low) * (1 + math.cos(math.pi * t)) / 2
+        if config.schedule == "step":
+            return config.lr * 0.1 ** sum(t >= mark for mark in (0.7, 0.8, 0.9))
+        return config.lr
+
+    total, warm = config.epochs * steps_per_epoch, config.warmup * steps_per_epoch
+    if step < warm:
+        return config.warmup_from + (planned(warm / total) - config.warmup_from) * step / warm
+    return planned(step / total)
+
+
+def choose_device(name):
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise Refused(f"--device {name} cannot be used here: leave it out, or try --device cpu") from e
+
+
+def setup_ranks(device):
+    """(rank, world, device). torchrun's environment makes a process group; without it there is none."""
+    if "LOCAL_RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def gather_views(rows, views):
+    """The ranks' rows (V n_r, D), view by view, as the global batch (V n, D), view by view."""
+    by_image = rows.unflatten(0, (views, -1)).transpose(0, 1)  # (n_r, V, D)
+    return losses.all_gather_rows(by_image.flatten(1)).unflatten(1, (views, -1)).transpose(0, 1).flatten(0, 1)
+
+
+# ---------------------------------------------------------------- what a representation is worth, at a glance
+
+
+@torch.no_grad()
+def features(encoder, images, mean, std, autocast=None, batch=500):
+    """r = Enc(x), (n, width), of un-augmented images, in evaluation mode."""
+    was_training = encoder.training
+    encoder.eval()
+    parts = []
+    for part in images.split(batch):
+        x = normalize(part.to(mean.device).float() / 255, mean, std)
+        parts.append(encode(encoder, x.to(memory_format=torch.channels_last), autocast))
+    encoder.train(was_training)
+    return torch.cat(parts)
+
+
+def knn_top1(bank, bank_labels, query, query_labels, k=200, tau=0.07):
+    """Weighted k-NN accuracy in percent (Wu et al. 2018): neighbours vote exp(s/tau), s the cosine similarity."""
+    s, nearest = (F.normalize(query) @ F.normalize(bank).T).topk(min(k, len(bank)), dim=1)
+    votes = torch.zeros(len(query), int(bank_labels.max()) + 1, device=bank.device, dtype=s.dtype)
+    votes.scatter_add_(1, bank_labels[nearest], (s / tau).exp())
+    return 100 * (votes.argmax(1) == query_labels).float().mean().item()
+
+
+# ---------------------------------------------------------------- run folder
+
+
+def save_checkpoint(path, contents):
+    """Written aside, flushed, renamed: a kill at any moment leaves the last good one."""
+    aside = path.with_suffix(".tmp")
+    with open(aside, "wb") as f:
+        torch.save(contents, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def load_checkpoint(path):
+    """The contents of a checkpoint of ours, plain tensors and types. Raises Refused for anything else."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise Refused(f"there is no checkpoint {path}: name the ckpt.pt of a run folder") from e
+    except Exception as e:
+        raise Refused(f"{path} cannot be read as a checkpoint of pretrain.py ({type(e).__name__})") from e
+    if not isinstance(contents, dict) or contents.get("format") != "supcon-pretrain-1":
+        raise Refused(f"{path} is not a checkpoint of pretrain.py")
+    return contents
+
+
+def cut_log(path, step):
+    """Drops the lines that a killed run wrote after its last checkpoint."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept))
+
+
+def describe_run(config, world):
+    """What config.json holds: every option, and what the numbers were made with."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    device = torch.cuda.get_device_name() if config.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    return {
+        "options": vars(config),
+        "device": device,
+        "world": world,
+        "threads": torch.get_num_threads(),
+        "commit": commit or None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__},
+    }
+
+
+# ---------------------------------------------------------------- training
+
+
+def load_on_every_rank(config):
+    """(training set, test set or None); on each machine one rank loads, and downloads, before the others."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        dist.barrier()
+    data = load_data(config.dataset, config.data, True, size=config.size, download=config.download and first)
+    try:
+        test = load_data(config.dataset, config.data, False, size=config.size, download=config.download and first)
+    except Refused:
+        test = None
+    if first and dist.is_initialized():
+        dist.barrier()
+    n = min(config.limit or len(data.labels), len(data.labels))
+    return Data(data.images[:n], data.labels[:n], data.classes), test
+
+
+def complete(config, data):
+    """Fills in the defaults that depend on the loss, the data or the encoder, and refuses what cannot work."""
+    n, size = len(data.labels), data.images.shape[-1]
+    recipe = RECIPES[config.loss]
+    fill = {
+        "tau": recipe.tau,
+        "views": recipe.views,
+        "lr": recipe.lr * config.batch / 1024,
+        "warmup": min(10.0, config.epochs / 10),
+        "size": size,
+        "stem": "3x3" if size <= 64 else "7x7",
+        "num_classes": len(data.classes),
+        "run": f"runs/{config.dataset}-{config.arch}-{config.loss}-s{config.seed}",
+    }
+    for name, value in fill.items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    if config.loss_scale is None:
+        config.loss_scale = config.tau / 0.07 if recipe.scaled else 1.0
+
+    if n < config.batch:
+        raise Refused(f"--batch {config.batch} is larger than the {n} training images: lower --batch")
+    if config.warmup >= config.epochs:
+        raise Refused(f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}")
+    if recipe.tau is None and config.tau is not None:
+        raise Refused(f"--tau has no meaning for --loss {config.loss}: leave it out")
+    if config.loss == "simclr" and config.views < 2:
+        raise Refused("--loss simclr needs a second view of each image: --views 2")
+    if config.loss == "n-pair":
+        if config.views != 1 or config.batch % 2:
+            raise Refused("--loss n-pair takes pairs of images, one view of each: --views 1 and an even --batch")
+        if min(len(m) for m in images_of_classes(data.labels)) < 2:
+            raise Refused("--loss n-pair needs two images of every class: raise --limit or mend the data")
+    if config.loss == "ce" and config.ce_weight:
+        raise Refused("--ce-weight joins cross-entropy to a contrastive loss: choose another --loss than ce")
+    if config.ce_detach and not config.ce_weight:
+        raise Refused("--ce-detach needs a classifier: give --ce-weight as well")
+    return config
+
+
+def build_model(config, autocast):
+    torch.manual_seed(config.seed)
+    encoder, width = build_encoder(config.arch, config.stem)
+    projection = classifier = None
+    if config.loss != "ce":
+        projection = build_projection(width, config.proj_hidden or width, config.proj_depth, config.proj_dim)
+    if config.loss == "ce" or config.ce_weight:
+        classifier = nn.Linear(width, config.num_classes)
+    unit = config.loss != "n-pair"
+    return Model(encoder, projection, classifier, unit=unit, detach=config.ce_detach, autocast=autocast)
+
+
+def train(config, resume=None):
+    """Trains as the options in `config` say and returns the last epoch's log entry.
+
+    resume: the contents of a checkpoint to go on from. Every rank of a torchrun calls this with the same arguments.
+    """
+    rank, world, device = setup_ranks(torch.device(config.device))
+    say = click.echo if rank == 0 else (lambda *a, **k: None)
+    data, test = load_on_every_rank(config)
+    complete(config, data)
+    if config.batch % world:
+        raise Refused(f"--batch {config.batch} is not a multiple of the {world} ranks: choose one that is")
+    run, share, V = Path(config.run), config.batch // world, config.views
+    mine = slice(rank * share, (rank + 1) * share)
+    steps_per_epoch = len(data.labels) // config.batch
+    total = config.epochs * steps_per_epoch
+
+    fast = config.precision == "bfloat16" or (config.precision == "auto" and bfloat16_is_fast(device))
+    autocast = torch.bfloat16 if fast else None
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    model = build_model(config, autocast).to(device, dtype, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
+    )
+    if config.dataset in MEAN_STD:
+        mean, std = (torch.tensor(v) for v in MEAN_STD[config.dataset])
+    else:
+        pixels = data.images[:10_000].float().div(255).transpose(0, 1).flatten(1)
+        mean, std = pixels.mean(1), pixels.std(1).clamp(min=1e-3)
+    mean, std = mean.to(device, dtype), std.to(device, dtype)
+    step, seconds = 0, 0.0
+    if resume:
+        for module, entries in ((model.encoder, "encoder"), (model.projection, "projection"), (model.classifier, "classifier")):
+            if module is not None:
+                module.load_state_dict(resume[entries])
+        optimizer.load_state_dict(resume["optimizer"])
+        torch.set_rng_state(resume["rng"])
+        step, seconds = resume["step"], resume["seconds"]
+    parallel = DistributedDataParallel(model) if world > 1 else model
+
+    log = None
+    if rank == 0:
+        open_run_folder(run, config, world, resume)
+        log = open(run / "log.jsonl", "a", buffering=1)
+    collapse, floor = collapse_and_floor(config, data.labels)
+    announce(say, config, data, model, autocast, collapse, floor, world)
+
+    images, labels = data.images.to(device), data.labels.to(device)
+    entry, losses_of_epoch, epoch_start, shown = None, [], time.perf_counter(), 0.0
+    while step < total:
+        epoch, position = divmod(step, steps_per_epoch)
+        if position == 0 or not losses_of_epoch:
+            order = (shuffled_pairs if config.loss == "n-pair" else shuffled)(data.labels, generator(config.seed, 0, epoch))
+        rows = order[position * config.batch : (position + 1) * config.batch].to(device)  # of the global batch
+        x = torch.cat([
+            make_view(images[rows[mine]], own_rows(draw, mine, device), mean, std)
+            for draw in (
+                draw_view(config.batch, images.shape[-1], config.augment, generator(config.seed, 1, epoch, position, v))
+                for v in range(V)
+            )
+        ])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, steps_per_epoch)
+        z, logits = parallel(x.contiguous(memory_format=torch.channels_last))
+        z = gather_views(z, V)
+        logits = None if logits is None else gather_views(logits, V)
+        loss = total_loss(config, z, logits, labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        losses_of_epoch.append(loss.detach())
+
+        last = position + 1 == steps_per_epoch
+        if step % config.log_every == 0 or last:
+            now = time.perf_counter() - epoch_start
+            rate = len(losses_of_epoch) * config.batch / now
+            entry = {"step": step, "epoch": epoch + 1, "loss": loss.item(), "lr": group["lr"], "images_per_s": round(rate, 1)}
+            if not math.isfinite(entry["loss"]):
+                raise Refused(
+                    f"the loss is {entry['loss']} at step {step} (learning rate {group['lr']:.4g}): lower --lr or lengthen "
+                    f"--warmup; {run}/ckpt.pt is the last good checkpoint, if an epoch had ended"
+                )
+            if rank == 0:
+                log.write(json.dumps(entry) + "\n")
+            if last or time.perf_counter() - shown > 10:
+                shown = time.perf_counter()
+                left = (total - step) * config.batch / rate
+                say(f"epoch {epoch + 1}/{config.epochs} step {step}/{total}  loss {entry['loss']:.4f}  lr {group['lr']:.4g}  "
+                    f"{rate:.0f} images/s  {left / 60:.1f} min left")
+        if last:
+            seconds += time.perf_counter() - epoch_start
+            entry = {"step": step, "epoch": epoch + 1, "mean_loss": torch.stack(losses_of_epoch).mean().item()}
+            if rank == 0:
+                entry |= {"seconds": round(seconds, 2)} | diagnose(model, z, V, data, test, mean, std)
+                log.write(json.dumps(entry) + "\n")
+                say("  " + "  ".join(f"{k} {v:.4g}" for k, v in entry.items() if isinstance(v, float)))
+                if collapse and abs(entry["mean_loss"] - collapse) < 0.01 * collapse:
+                    say(f"  warning: the loss sits at its collapse value {collapse:.4f}: all features are alike. "
+                        "Lower --lr, lengthen --warmup or raise --tau", err=True)
+                save_checkpoint(run / "ckpt.pt", checkpoint_of(config, model, optimizer, step, seconds, mean, std, data.classes))
+            losses_of_epoch, epoch_start = [], time.perf_counter()
+
+    say(f"done: python linear_probe.py {run}/ckpt.pt")
+    if log:
+        log.close()
+    if world > 1:  # gloo aborts at exit unless the ranks meet and DDP is gone before the group is
+        dist.barrier()
+        del parallel
+        dist.destroy_process_group()
+    return entry
+
+
+def own_rows(view, mine, device):
+    """A rank's part of the global batch's view parameters."""
+    return ViewParameters(*(p[mine].to(device) for p in view[:-1]), view.order)
+
+
+def diagnose(model, z, views, data, test, mean, std):
+    """k-NN top-1 on a part of the test set, alignment and uniformity of the last batch; under 5 % of an epoch.
+
+    Encoding without a gradient costs a third of a training step, so a tenth of the images cost about 2 %.
+    """
+    start, found = time.perf_counter(), {}
+    z = F.normalize(z.detach()).unflatten(0, (views, -1))[:, :512].flatten(0, 1)
+    if views > 1:
+        found["alignment"] = losses.alignment(z, views=views).item()
+    found["uniformity"] = losses.uniformity(z).item()
+    if test is not None:
+        n = len(data.labels)
+        bank, query = min(views * n // 20, 10_000), min(views * n // 50, 2_500, len(test.labels))
+        r = features(model.encoder, torch.cat([data.images[:bank], test.images[:query]]), mean, std, model.autocast)
+        found["knn_top1"] = knn_top1(r[:bank], data.labels[:bank].to(r.device), r[bank:], test.labels[:query].to(r.device))
+    found["diagnosis_seconds"] = round(time.perf_counter() - start, 2)
+    return found
+
+
+def checkpoint_of(config, model, optimizer, step, seconds, mean, std, classes):
+    heads = {"projection": model.projection, "classifier": model.classifier}
+    return {
+        "format": "supcon-pretrain-1",
+        "config": vars(config),
+        "step": step,
+        "seconds": seconds,
+        "encoder": model.encoder.state_dict(),
+        **{name: head.state_dict() for name, head in heads.items() if head is not None},
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "mean": mean.cpu().float(),
+        "std": std.cpu().float(),
+        "classes": list(classes),
+    }
+
+
+def open_run_folder(run, config, world, resume):
+    log = run / "log.jsonl"
+    if resume:
+        return cut_log(log, resume["step"])
+    if log.exists():
+        raise Refused(f"--run {run} already holds a run: go on with --resume {run}, or name another --run")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(describe_run(config, world), indent=1) + "\n")
+    except OSError as e:
+        raise Refused(f"--run {run} cannot be written ({e.strerror}): name another --run") from e
+
+
+def announce(say, config, data, model, autocast, collapse, floor, world):
+    n, weights = len(data.labels), sum(p.numel() for p in model.encoder.parameters())
+    say(f"{config.dataset}: {n} images of {data.images.shape[-1]} x {data.images.shape[-1]}, {len(data.classes)} classes; "
+        f"{config.arch}, {config.stem} stem, {weights / 1e6:.2f} M weights, {config.device} x {world}, "
+        f"{'bfloat16 autocast' if autocast else 'no autocast'}")
+    tau = "" if config.tau is None else f", tau {config.tau}, loss scale {config.loss_scale:.4f}"
+    say(f"{config.loss}{tau}; batch {config.batch} x {config.views} views, {config.epochs} epochs, lr {config.lr:.4g} "
+        f"after {config.warmup:g} epochs of warm-up; {config.run}")
+    if collapse:
+        say(f"the loss is {collapse:.4f} when all features collapse to one, and never below {floor:.4f}")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+POSITIVE, NOT_NEGATIVE = click.FloatRange(min=0, min_open=True), click.FloatRange(min=0)
+COUNT = click.IntRange(min=1)
+ARCHS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet200")
+MAY_CHANGE = {"epochs", "data", "download", "device", "log_every"}  # on --resume
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.option("--dataset", type=click.Choice(DATASETS), default="shapes", help="shapes is generated, folder reads DATA/train/CLASS/*.jpg.")
+@click.option("--data", default="data", help="Folder of the data sets.")
+@click.option("--download/--no-download", default=True, help="Fetch what is missing.")
+@click.option("--size", type=click.IntRange(min=8), show_default="the data set's own; 32 for folder and shapes", help="Image side in pixels.")
+@click.option("--limit", type=COUNT, help="Train on the first N images (a folder is shuffled, by a fixed seed).")
+@click.option("--augment", type=click.Choice(["sim", "crop", "none"]), default="sim", help="sim: crop, flip, colour jitter, grey; crop: crop and flip.")
+@click.option("--views", type=COUNT, show_default="2; 1 for ce and n-pair", help="Views of each image.")
+@click.option("--loss", type=click.Choice(list(RECIPES)), default="supcon", help="The training objective.")
+@click.option("--tau", type=POSITIVE, show_default="0.1; 0.5 for simclr", help="Temperature.")
+@click.option("--loss-scale", type=POSITIVE, show_default="tau/0.07 for supcon, supcon-in, simclr, as in the reference code; else 1", help="Factor of the contrastive loss.")
+@click.option("--margin", type=NOT_NEGATIVE, show_default="0.2 for triplet, 1 for max-margin", help="Margin of triplet and max-margin.")
+@click.option("--mining", type=click.Choice(["semihard", "hard", "all"]), default="semihard", help="Which triplets.")
+@click.option("--npair-l2", type=NOT_NEGATIVE, default=0.02, help="Weight of the mean squared norm in n-pair.")
+@click.option("--ce-weight", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="w of (1 - w) contrastive + w cross-entropy, trained jointly.")
+@click.option("--ce-detach", is_flag=True, help="Stop the classifier's gradient at the encoder.")
+@click.option("--arch", type=click.Choice(ARCHS), show_default="small for shapes, else resnet50", help="Encoder; small has 0.29 M weights.")
+@click.option("--stem", type=click.Choice(["3x3", "7x7"]), show_default="3x3 up to 64 pixels", help="First layers of a ResNet.")
+@click.option("--proj-depth", type=click.IntRange(1, 4), default=2, help="Layers of the projection head.")
+@click.option("--proj-hidden", type=COUNT, show_default="the encoder's", help="Width of its hidden layers.")
+@click.option("--proj-dim", type=COUNT, default=128, help="Width of z.")
+@click.option("--batch", type=click.IntRange(min=2), show_default="256 for shapes, else 1024", help="Images in a step, over all ranks.")
+@click.option("--epochs", type=COUNT, show_default="15 for shapes, else 1000", help="Passes over the data.")
+@click.option("--lr", type=POSITIVE, show_default="0.5 per 1024 images; ce 0.8, n-pair 0.1", help="Peak learning rate, absolute.")
+@click.option("--schedule", type=click.Choice(["cosine", "step", "constant"]), default="cosine", help="cosine to lr/1000; step: x0.1 at 70, 80, 90 %.")
+@click.option("--warmup", type=NOT_NEGATIVE, show_default="10, at most a tenth of --epochs", help="Epochs of linear warm-up.")
+@click.option("--warmup-from", type=NOT_NEGATIVE, default=0.01, help="Learning rate at step 0.")
+@click.option("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="On all weights.")
+@click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9, help="SGD's.")
+@click.option("--nesterov", is_flag=True, help="Nesterov's momentum.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of weights, order and views.")
+@click.option("--run", show_default="runs/DATASET-ARCH-LOSS-sSEED", help="Folder for log and checkpoint.")
+@click.option("--resume", metavar="RUN", help="Go on with the run in this folder; --epochs may extend it.")
+@click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
+@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32", "float64"]), default="auto", help="auto: bfloat16 autocast where the hardware has it.")
+@click.option("--log-every", type=COUNT, default=10, help="Steps between log entries.")
+@click.pass_context
+def main(context, resume, **options):
+    """Contrastive pretraining: an encoder and a projection head, one loss, one loop."""
+    from types import SimpleNamespace
+
+    contents = None
+    if resume:
+        contents = load_checkpoint(Path(resume, "ckpt.pt"))
+        given = {k for k in options if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
+        changed = {k for k in given - MAY_CHANGE if options[k] != contents["config"][k]}
+        if changed:
+            names = ", ".join("--" + k.replace("_", "-") for k in sorted(changed))
+            raise Refused(f"--resume keeps the run's recipe: leave out {names}, or start a new run")
+        options = contents["config"] | {k: options[k] for k in given & MAY_CHANGE} | {"run": str(Path(resume))}
+    config = SimpleNamespace(**options)
+    light = config.dataset == "shapes"
+    config.arch = config.arch or ("small" if light else "resnet50")
+    config.batch = config.batch or (256 if light else 1024)
+    config.epochs = config.epochs or (15 if light else 1000)
+    config.device = str(choose_device(config.device))
+    train(config, contents)
+
+
+def run_command(command):
+    """Runs a click command; what the user can put right ends in one line and exit status 2."""
+    try:
+        command(standalone_mode=False)
+    except click.ClickException as e:
+        click.echo(f"error: {e.format_message()}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_command(main)
