@@ -1,6 +1,6 @@
 """Stage 1: contrastive pretraining. x -> Enc(x) = r -> Proj(r) = z -> loss (Khosla et al. 2020, section 3.1).
 
-    python pretrain.py --dataset shapes                        # minutes on two CPU cores, no download
+    python pretrain.py --dataset shapes --augment crop --lr 0.1     # minutes on two CPU cores, no download
     python pretrain.py --dataset cifar10 --batch 1024          # the reference code's CIFAR-10 recipe, on a GPU
     torchrun --nproc_per_node=8 pretrain.py --dataset cifar10 --batch 1024      # the same batch on eight GPUs
     python pretrain.py --resume runs/cifar10-resnet50-supcon-s0                 # go on where a run stopped
@@ -21,6 +21,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import click
@@ -66,16 +67,16 @@ def load_data(dataset, root, train, *, size=None, download=True, seed=0):
         return shapes(10_000 if train else 2_000, size or 32, seed=2 * seed + train)
     if dataset == "folder":
         return load_folder(root, train, size or 32)
+    sets = torchvision.datasets
     try:
         if dataset == "svhn":
-            d = torchvision.datasets.SVHN(root, split="train" if train else "test", download=download)
+            d = sets.SVHN(root, split="train" if train else "test", download=download)
             images, labels, classes = torch.from_numpy(d.data), d.labels, [str(c) for c in range(10)]
         elif dataset == "fashionmnist":
-            d = torchvision.datasets.FashionMNIST(root, train=train, download=download)
+            d = sets.FashionMNIST(root, train=train, download=download)
             images, labels, classes = d.data[:, None].expand(-1, 3, -1, -1), d.targets, d.classes
         else:
-            kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
-            d = kind(root, train=train, download=download)
+            d = (sets.CIFAR10 if dataset == "cifar10" else sets.CIFAR100)(root, train=train, download=download)
             images, labels, classes = torch.from_numpy(d.data).permute(0, 3, 1, 2), d.targets, d.classes
     except ModuleNotFoundError as e:
         raise Refused(f"--dataset {dataset} needs the package {e.name}: pip install {e.name}") from e
@@ -115,6 +116,14 @@ def load_folder(root, train, size):
     return Data(images, labels, folder.classes)
 
 
+def mean_and_std(dataset, images):
+    """Of each channel, for images in [0, 1]."""
+    if dataset in MEAN_STD:
+        return [torch.tensor(v) for v in MEAN_STD[dataset]]
+    pixels = images[:10_000].float().div(255).transpose(0, 1).flatten(1)
+    return pixels.mean(1), pixels.std(1).clamp(min=1e-3)
+
+
 def resize(images, size):
     if images.shape[-1] == size:
         return images
@@ -130,33 +139,31 @@ def shapes(n, size, seed):
 
     labels = torch.randint(10, (n,), generator=g)
     axis = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in (-1, 1)
-    angle, scale = uniform(0, 2 * math.pi, 1, 1), uniform(0.5, 0.85, 1, 1)
+    angle, scale = uniform(-0.5, 0.5, 1, 1), uniform(0.5, 0.85, 1, 1)
     x, y = axis[None, None] - uniform(-0.25, 0.25, 1, 1), axis[None, :, None] - uniform(-0.25, 0.25, 1, 1)
     u = (x * angle.cos() + y * angle.sin()) / scale
     v = (y * angle.cos() - x * angle.sin()) / scale
     radius, turn = (u**2 + v**2).sqrt(), torch.atan2(v, u)
-    edge = torch.stack(  # below zero inside the shape
-        [
-            radius - 0.9,
-            torch.maximum(u.abs(), v.abs()) - 0.8,
-            torch.maximum(v - 0.5, u.abs() * 0.866 - v * 0.5 - 0.5),
-            torch.minimum(torch.maximum(u.abs() - 1, v.abs() - 0.3), torch.maximum(u.abs() - 0.3, v.abs() - 1)),
-            radius - 0.65 - 0.35 * (5 * turn).cos(),
-        ],
-        1,
-    )
-    inside = torch.sigmoid(-edge[torch.arange(n), labels // 2] * scale * size / 1.5)[:, None]
+    edges = {  # below zero inside the shape
+        "disc": radius - 0.9,
+        "square": torch.maximum(u.abs(), v.abs()) - 0.8,
+        "triangle": torch.maximum(v - 0.5, u.abs() * 0.866 - v * 0.5 - 0.5),
+        "cross": torch.minimum(torch.maximum(u.abs() - 1, v.abs() - 0.3), torch.maximum(u.abs() - 0.3, v.abs() - 1)),
+        "star": radius - 0.65 - 0.35 * (5 * turn).cos(),
+    }
+    edge = torch.stack(list(edges.values()), 1)[torch.arange(n), labels // 2]
+    inside = torch.sigmoid(-edge * scale * size / 1.5)[:, None]
     stripes = torch.sigmoid(8 * (uniform(7, 11, 1, 1) * u + uniform(0, 6.28, 1, 1)).sin())
     stripes = (stripes * (labels % 2)[:, None, None])[:, None]
 
-    background, other, ink, second = (uniform(0, 1, 3, 1, 1) for _ in range(4))
-    ink = torch.where((ink - background).abs().mean(1, keepdim=True) < 0.25, 1 - background, ink)
-    second = torch.where((second - ink).abs().mean(1, keepdim=True) < 0.25, 1 - ink, second)
+    background, other, second = (uniform(0, 0.5, 3, 1, 1) for _ in range(3))  # dark, the ink light, or all inverted
+    ink = uniform(0.5, 1, 3, 1, 1)
     clouds = F.interpolate(uniform(0, 1, 1, 4, 4), size=(size, size), mode="bicubic").clamp(0, 1)
     picture = background + 0.5 * clouds * (other - background)
     picture = picture + inside * (ink + stripes * (second - ink) - picture)
+    picture = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, picture, 1 - picture)
     picture = picture + uniform(0.02, 0.1, 1, 1, 1) * torch.randn(n, 3, size, size, generator=g)
-    names = [f"{texture} {shape}" for shape in ("disc", "square", "triangle", "cross", "star") for texture in ("plain", "striped")]
+    names = [f"{texture} {shape}" for shape in edges for texture in ("plain", "striped")]
     return Data((picture.clamp(0, 1) * 255).round().to(torch.uint8), labels, names)
 
 
@@ -649,17 +656,11 @@ def train(config, resume=None):
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
     )
-    if config.dataset in MEAN_STD:
-        mean, std = (torch.tensor(v) for v in MEAN_STD[config.dataset])
-    else:
-        pixels = data.images[:10_000].float().div(255).transpose(0, 1).flatten(1)
-        mean, std = pixels.mean(1), pixels.std(1).clamp(min=1e-3)
-    mean, std = mean.to(device, dtype), std.to(device, dtype)
+    mean, std = (v.to(device, dtype) for v in mean_and_std(config.dataset, data.images))
     step, seconds = 0, 0.0
     if resume:
-        for module, entries in ((model.encoder, "encoder"), (model.projection, "projection"), (model.classifier, "classifier")):
-            if module is not None:
-                module.load_state_dict(resume[entries])
+        for name, module in model.named_children():  # encoder, projection, classifier
+            module.load_state_dict(resume[name])
         optimizer.load_state_dict(resume["optimizer"])
         torch.set_rng_state(resume["rng"])
         step, seconds = resume["step"], resume["seconds"]
@@ -679,16 +680,13 @@ def train(config, resume=None):
         if position == 0 or not losses_of_epoch:
             order = (shuffled_pairs if config.loss == "n-pair" else shuffled)(data.labels, generator(config.seed, 0, epoch))
         rows = order[position * config.batch : (position + 1) * config.batch].to(device)  # of the global batch
-        x = torch.cat([
-            make_view(images[rows[mine]], own_rows(draw, mine, device), mean, std)
-            for draw in (
-                draw_view(config.batch, images.shape[-1], config.augment, generator(config.seed, 1, epoch, position, v))
-                for v in range(V)
-            )
-        ])
+        views = []
+        for v in range(V):
+            draw = draw_view(config.batch, config.size, config.augment, generator(config.seed, 1, epoch, position, v))
+            views.append(make_view(images[rows[mine]], own_rows(draw, mine, device), mean, std))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, steps_per_epoch)
-        z, logits = parallel(x.contiguous(memory_format=torch.channels_last))
+        z, logits = parallel(torch.cat(views).contiguous(memory_format=torch.channels_last))
         z = gather_views(z, V)
         logits = None if logits is None else gather_views(logits, V)
         loss = total_loss(config, z, logits, labels[rows])
@@ -763,14 +761,12 @@ def diagnose(model, z, views, data, test, mean, std):
 
 
 def checkpoint_of(config, model, optimizer, step, seconds, mean, std, classes):
-    heads = {"projection": model.projection, "classifier": model.classifier}
     return {
         "format": "supcon-pretrain-1",
         "config": vars(config),
         "step": step,
         "seconds": seconds,
-        "encoder": model.encoder.state_dict(),
-        **{name: head.state_dict() for name, head in heads.items() if head is not None},
+        **{name: module.state_dict() for name, module in model.named_children()},  # encoder, projection, classifier
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
         "mean": mean.cpu().float(),
@@ -834,8 +830,8 @@ MAY_CHANGE = {"epochs", "data", "download", "device", "log_every"}  # on --resum
 @click.option("--proj-depth", type=click.IntRange(1, 4), default=2, help="Layers of the projection head.")
 @click.option("--proj-hidden", type=COUNT, show_default="the encoder's", help="Width of its hidden layers.")
 @click.option("--proj-dim", type=COUNT, default=128, help="Width of z.")
-@click.option("--batch", type=click.IntRange(min=2), show_default="256 for shapes, else 1024", help="Images in a step, over all ranks.")
-@click.option("--epochs", type=COUNT, show_default="15 for shapes, else 1000", help="Passes over the data.")
+@click.option("--batch", type=click.IntRange(min=2), show_default="64 for shapes, else 1024", help="Images in a step, over all ranks.")
+@click.option("--epochs", type=COUNT, show_default="12 for shapes, else 1000", help="Passes over the data.")
 @click.option("--lr", type=POSITIVE, show_default="0.5 per 1024 images; ce 0.8, n-pair 0.1", help="Peak learning rate, absolute.")
 @click.option("--schedule", type=click.Choice(["cosine", "step", "constant"]), default="cosine", help="cosine to lr/1000; step: x0.1 at 70, 80, 90 %.")
 @click.option("--warmup", type=NOT_NEGATIVE, show_default="10, at most a tenth of --epochs", help="Epochs of linear warm-up.")
@@ -852,8 +848,6 @@ MAY_CHANGE = {"epochs", "data", "download", "device", "log_every"}  # on --resum
 @click.pass_context
 def main(context, resume, **options):
     """Contrastive pretraining: an encoder and a projection head, one loss, one loop."""
-    from types import SimpleNamespace
-
     contents = None
     if resume:
         contents = load_checkpoint(Path(resume, "ckpt.pt"))
@@ -866,8 +860,8 @@ def main(context, resume, **options):
     config = SimpleNamespace(**options)
     light = config.dataset == "shapes"
     config.arch = config.arch or ("small" if light else "resnet50")
-    config.batch = config.batch or (256 if light else 1024)
-    config.epochs = config.epochs or (15 if light else 1000)
+    config.batch = config.batch or (64 if light else 1024)
+    config.epochs = config.epochs or (12 if light else 1000)
     config.device = str(choose_device(config.device))
     train(config, contents)
 
