@@ -618,6 +618,8 @@ def complete(config, data):
         raise Refused("--ce-weight joins cross-entropy to a contrastive loss: choose another --loss than ce")
     if config.ce_detach and not config.ce_weight:
         raise Refused("--ce-detach needs a classifier: give --ce-weight as well")
+    if config.nesterov and not config.momentum:
+        raise Refused("--nesterov needs a --momentum above 0")
     return config
 
 
@@ -780,12 +782,12 @@ def open_run_folder(run, config, world, resume):
     if resume:
         return cut_log(log, resume["step"])
     if log.exists():
-        raise Refused(f"--run {run} already holds a run: go on with --resume {run}, or name another --run")
+        raise Refused(f"--run-dir {run} already holds a run: go on with --resume {run}, or name another --run-dir")
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.json").write_text(json.dumps(describe_run(config, world), indent=1) + "\n")
     except OSError as e:
-        raise Refused(f"--run {run} cannot be written ({e.strerror}): name another --run") from e
+        raise Refused(f"--run-dir {run} cannot be written ({e.strerror}): name another --run-dir") from e
 
 
 def announce(say, config, data, model, autocast, collapse, floor, world):
@@ -840,7 +842,7 @@ MAY_CHANGE = {"epochs", "data", "download", "device", "log_every"}  # on --resum
 @click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9, help="SGD's.")
 @click.option("--nesterov", is_flag=True, help="Nesterov's momentum.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of weights, order and views.")
-@click.option("--run", show_default="runs/DATASET-ARCH-LOSS-sSEED", help="Folder for log and checkpoint.")
+@click.option("--run-dir", "run", show_default="runs/DATASET-ARCH-LOSS-sSEED", help="Folder for log and checkpoint.")
 @click.option("--resume", metavar="RUN", help="Go on with the run in this folder; --epochs may extend it.")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32", "float64"]), default="auto", help="auto: bfloat16 autocast where the hardware has it.")

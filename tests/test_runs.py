@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
+from torchvision.transforms.v2 import functional as TF
 
 import linear_probe
 import pretrain
@@ -48,7 +48,7 @@ def checkpoint_of(run):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
-    done = python("pretrain.py", *SMALL, "--run", run)
+    done = python("pretrain.py", *SMALL, "--run-dir", run)
     assert done.returncode == 0, done.stderr
     return run
 
@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
 def test_a_killed_and_resumed_run_ends_with_the_bits_of_an_unbroken_one(trained, tmp_path):
     run = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "pretrain.py", *SMALL, "--run", run], cwd=PROJECT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "pretrain.py", *SMALL, "--run-dir", run], cwd=PROJECT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     while not (run / "ckpt.pt").exists():
         assert process.poll() is None and not time.sleep(0.01)
@@ -73,7 +73,7 @@ def test_a_killed_and_resumed_run_ends_with_the_bits_of_an_unbroken_one(trained,
 
 def test_resume_may_extend_a_run_but_not_change_its_recipe(trained, tmp_path):
     run = tmp_path / "extended"
-    done = python("pretrain.py", *SMALL, "--epochs", "1", "--schedule", "constant", "--warmup", "0", "--run", run)
+    done = python("pretrain.py", *SMALL, "--epochs", "1", "--schedule", "constant", "--warmup", "0", "--run-dir", run)
     assert done.returncode == 0, done.stderr
     assert python("pretrain.py", "--resume", run, "--epochs", "2").returncode == 0
     assert log_of(run)[-1]["epoch"] == 2
@@ -89,10 +89,8 @@ def frozen_statistics(*arguments):
     encoder, width = make(*arguments)
     for module in encoder.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.train = lambda mode=True: module
             module.eval()
-            module.training = False
-            object.__setattr__(module, "train", lambda mode=True, module=module: module)
+            module.train = lambda mode=True, module=module: module
     return encoder, width
 pretrain.build_encoder = frozen_statistics
 pretrain.run_command(pretrain.main)
@@ -109,10 +107,10 @@ def test_two_ranks_take_the_steps_of_one_process(loss, tmp_path):
     script.write_text(RANKS)
     options = [*SMALL, "--limit", "64", "--batch", "16", "--epochs", "2", "--precision", "float64", "--lr", "0.01", *loss]
     environment = {"env": ONE_THREAD | {"PYTHONPATH": str(PROJECT)}, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
-    one = subprocess.run([sys.executable, script, *options, "--run", "one"], **environment)
+    one = subprocess.run([sys.executable, script, *options, "--run-dir", "one"], **environment)
     assert one.returncode == 0, one.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = subprocess.run([*torchrun, script, *options, "--run", "two"], **environment)
+    two = subprocess.run([*torchrun, script, *options, "--run-dir", "two"], **environment)
     assert two.returncode == 0, two.stderr
     a, b = ([line["loss"] for line in log_of(tmp_path / run) if "loss" in line] for run in ("one", "two"))
     assert len(a) == 8 and len(set(a)) == 8
@@ -176,7 +174,7 @@ def test_transfer_resizes_another_data_set_to_the_checkpoints_size(trained, tmp_
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(4):
                 noise = torch.randint(-20, 20, (3, 30, 24))
-                torchvision.io.write_png((value + noise).to(torch.uint8), str(tmp_path / split / name / f"{i}.png"))
+                TF.to_pil_image((value + noise).to(torch.uint8)).save(tmp_path / split / name / f"{i}.png")
     result = linear_probe.main([str(trained / "ckpt.pt"), "--dataset", "folder", "--data", str(tmp_path)], standalone_mode=False)
     assert result["top1"] == 100 and result["test_images"] == 8 and (trained / "probe-folder.json").exists()
 
@@ -245,7 +243,7 @@ def test_bad_options_give_one_line_and_status_2(arguments, words, tmp_path, monk
 
 def test_a_run_folder_is_never_overwritten(trained, monkeypatch, capsys):
     before = (trained / "log.jsonl").read_bytes()
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *SMALL, "--run", str(trained)])
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *SMALL, "--run-dir", str(trained)])
     with pytest.raises(SystemExit):
         pretrain.run_command(pretrain.main)
     assert "already holds a run" in capsys.readouterr().err and (trained / "log.jsonl").read_bytes() == before
@@ -289,7 +287,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_pat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *SMALL, "--loss", "n-pair", "--npair-l2", "0", "--lr", "1e30", "--warmup", "0", "--run", str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *SMALL, "--loss", "n-pair", "--npair-l2", "0", "--lr", "1e30", "--warmup", "0", "--run-dir", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stopped:
         pretrain.run_command(pretrain.main)
     error = capsys.readouterr().err
@@ -299,5 +297,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, mo
 def test_a_loss_that_sits_at_collapse_is_warned_of(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pretrain, "collapse_and_floor", lambda config, labels: (pretrain.losses.math.log(99) * config.loss_scale, 0.0))
     monkeypatch.setattr(pretrain.F, "normalize", lambda z, **k: z * 0 + 1 / z.shape[1] ** 0.5)
-    pretrain.main([*SMALL, "--epochs", "1", "--run", str(tmp_path / "run")], standalone_mode=False)
+    pretrain.main([*SMALL, "--epochs", "1", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
     assert "collapse value" in capsys.readouterr().err

@@ -185,7 +185,7 @@ def test_folder_reads_classes_sizes_and_grey_images(tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
                 image = torch.full((1 if i else 3, 20 + i, 30), 100 * label + 50, dtype=torch.uint8)
-                torchvision.io.write_png(image, str(tmp_path / split / name / f"{i}.png"))
+                TF.to_pil_image(image).save(tmp_path / split / name / f"{i}.png")
     data = pretrain.load_data("folder", tmp_path, True, size=16)
     assert data.images.shape == (6, 3, 16, 16) and data.classes == ["cat", "dog"]
     assert torch.equal(data.images[:, 0, 8, 8].long(), 100 * data.labels + 50)
