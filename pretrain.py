@@ -214,7 +214,7 @@ def make_view(images, view, mean, std):
     jitters = (brightness, contrast, saturation, hue)
     for j in view.order:
         x = jitters[j](x, view.jitter[:, j, None, None, None])
-    if view.gray.any():
+    if view.order:
         x = torch.where(view.gray[:, None, None, None], luma(x), x)
     return normalize(x, mean, std)
 
@@ -581,7 +581,7 @@ def load_on_every_rank(config):
     return Data(data.images[:n], data.labels[:n], data.classes), test
 
 
-def complete(config, data):
+def complete(config, data, world):
     """Fills in the defaults that depend on the loss, the data or the encoder, and refuses what cannot work."""
     n, size = len(data.labels), data.images.shape[-1]
     recipe = RECIPES[config.loss]
@@ -601,26 +601,24 @@ def complete(config, data):
     if config.loss_scale is None:
         config.loss_scale = config.tau / 0.07 if recipe.scaled else 1.0
 
-    if n < config.batch:
-        raise Refused(f"--batch {config.batch} is larger than the {n} training images: lower --batch")
-    if config.warmup >= config.epochs:
-        raise Refused(f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}")
-    if recipe.tau is None and config.tau is not None:
-        raise Refused(f"--tau has no meaning for --loss {config.loss}: leave it out")
-    if config.loss == "simclr" and config.views < 2:
-        raise Refused("--loss simclr needs a second view of each image: --views 2")
-    if config.loss == "n-pair":
-        if config.views != 1 or config.batch % 2:
-            raise Refused("--loss n-pair takes pairs of images, one view of each: --views 1 and an even --batch")
-        if min(len(m) for m in images_of_classes(data.labels)) < 2:
-            raise Refused("--loss n-pair needs two images of every class: raise --limit or mend the data")
-    if config.loss == "ce" and config.ce_weight:
-        raise Refused("--ce-weight joins cross-entropy to a contrastive loss: choose another --loss than ce")
-    if config.ce_detach and not config.ce_weight:
-        raise Refused("--ce-detach needs a classifier: give --ce-weight as well")
-    if config.nesterov and not config.momentum:
-        raise Refused("--nesterov needs a --momentum above 0")
-    return config
+    loss, pairs = config.loss, config.loss == "n-pair"
+    lone_class = pairs and min(len(m) for m in images_of_classes(data.labels)) < 2
+    refusals = [
+        (n < config.batch, f"--batch {config.batch} is larger than the {n} training images: lower --batch"),
+        (config.warmup >= config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}"),
+        (recipe.tau is None and config.tau is not None, f"--tau has no meaning for --loss {loss}: leave it out"),
+        (loss == "simclr" and config.views < 2, "--loss simclr needs a second view of each image: --views 2"),
+        (pairs and config.views != 1, "--loss n-pair takes one view of each of two images: --views 1"),
+        (pairs and config.batch % 2, "--loss n-pair takes pairs of images: choose an even --batch"),
+        (lone_class, "--loss n-pair needs two images of every class: raise --limit or mend the data"),
+        (loss == "ce" and config.ce_weight, "--ce-weight joins cross-entropy to another --loss than ce: leave it out"),
+        (config.ce_detach and not config.ce_weight, "--ce-detach needs a classifier: give --ce-weight as well"),
+        (config.nesterov and not config.momentum, "--nesterov needs a --momentum above 0"),
+        (config.batch % world, f"--batch {config.batch} is not a multiple of the {world} ranks: choose one that is"),
+    ]
+    for wrong, why in refusals:
+        if wrong:
+            raise Refused(why)
 
 
 def build_model(config, autocast):
@@ -643,9 +641,7 @@ def train(config, resume=None):
     rank, world, device = setup_ranks(torch.device(config.device))
     say = click.echo if rank == 0 else (lambda *a, **k: None)
     data, test = load_on_every_rank(config)
-    complete(config, data)
-    if config.batch % world:
-        raise Refused(f"--batch {config.batch} is not a multiple of the {world} ranks: choose one that is")
+    complete(config, data, world)
     run, share, V = Path(config.run), config.batch // world, config.views
     mine = slice(rank * share, (rank + 1) * share)
     steps_per_epoch = len(data.labels) // config.batch
@@ -673,7 +669,7 @@ def train(config, resume=None):
         open_run_folder(run, config, world, resume)
         log = open(run / "log.jsonl", "a", buffering=1)
     collapse, floor = collapse_and_floor(config, data.labels)
-    announce(say, config, data, model, autocast, collapse, floor, world)
+    announce(say, config, data, test, model, autocast, collapse, floor, world)
 
     images, labels = data.images.to(device), data.labels.to(device)
     entry, losses_of_epoch, epoch_start, shown = None, [], time.perf_counter(), 0.0
@@ -790,7 +786,7 @@ def open_run_folder(run, config, world, resume):
         raise Refused(f"--run-dir {run} cannot be written ({e.strerror}): name another --run-dir") from e
 
 
-def announce(say, config, data, model, autocast, collapse, floor, world):
+def announce(say, config, data, test, model, autocast, collapse, floor, world):
     n, weights = len(data.labels), sum(p.numel() for p in model.encoder.parameters())
     say(f"{config.dataset}: {n} images of {data.images.shape[-1]} x {data.images.shape[-1]}, {len(data.classes)} classes; "
         f"{config.arch}, {config.stem} stem, {weights / 1e6:.2f} M weights, {config.device} x {world}, "
@@ -798,6 +794,8 @@ def announce(say, config, data, model, autocast, collapse, floor, world):
     tau = "" if config.tau is None else f", tau {config.tau}, loss scale {config.loss_scale:.4f}"
     say(f"{config.loss}{tau}; batch {config.batch} x {config.views} views, {config.epochs} epochs, lr {config.lr:.4g} "
         f"after {config.warmup:g} epochs of warm-up; {config.run}")
+    if test is None:
+        say(f"no test set in {config.data}: no k-NN accuracy after the epochs")
     if collapse:
         say(f"the loss is {collapse:.4f} when all features collapse to one, and never below {floor:.4f}")
 
