@@ -1,6 +1,7 @@
 """The README's results table, from the logs of runs: python experiments/results_table.py results/*
 
-Each run folder holds config.json and log.jsonl of pretrain.py and probe.json of linear_probe.py.
+Each run folder holds config.json and log.jsonl of pretrain.py and probe.json of linear_probe.py; a run that has not been
+probed yet is left out. "views, M" is the training budget in views encoded: images x views x epochs, in millions.
 """
 
 import json
@@ -8,37 +9,44 @@ from pathlib import Path
 
 import click
 
+HEAD = ["run", "loss", "tau", "augment", "batch", "epochs", "views, M", "training, min", "probe top-1 %", "k-NN top-1 %", "seed"]
+
 
 def row(run):
     """One line of the table from the folder of one run."""
-    about = json.loads((run / "config.json").read_text())
-    epochs = [entry for entry in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "mean_loss" in entry]
-    probe = json.loads((run / "probe.json").read_text())
-    o = about["options"]
-    minutes = epochs[-1]["seconds"] / 60
-    beside = [f"{probe[k]:.2f}" if k in probe else "" for k in ("raw_pixels_top1", "untrained_encoder_top1")]
+    options = json.loads((run / "config.json").read_text())["options"]
+    last = [entry for entry in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "mean_loss" in entry][-1]
+    views = last["step"] * options["batch"] * options["views"] / 1e6
     return [
-        run.name, o["loss"], f"{o['tau']:g}" if o["tau"] else "", o["augment"], o["batch"], epochs[-1]["epoch"], f"{minutes:.1f}",
-        f"{probe['top1']:.2f}", f"{epochs[-1].get('knn_top1', float('nan')):.1f}", *beside, o["seed"],
+        run.name, options["loss"], f"{options['tau']:g}" if options["tau"] else "", options["augment"], options["batch"],
+        last["epoch"], f"{views:.2f}", f"{last['seconds'] / 60:.1f}", f"{probe_of(run)['top1']:.2f}", f"{last['knn_top1']:.1f}", options["seed"],
     ]
 
 
-def environment(run):
-    about = json.loads((run / "config.json").read_text())
-    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
-    return f"{about['device']}, {about['threads']} threads, {versions}, commit {about['commit']}"
+def probe_of(run):
+    return json.loads((run / "probe.json").read_text())
+
+
+def notes(run):
+    """What the run ran on, and what the same probe gives without training."""
+    about, probe = json.loads((run / "config.json").read_text()), probe_of(run)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    yield f"{run.name}: {about['device']}, {about['threads']} thread(s), {versions}, commit {about['commit']}"
+    if "raw_pixels_top1" in probe:
+        yield f"{run.name}: the same probe on raw pixels {probe['raw_pixels_top1']:.2f} %, on the untrained encoder {probe['untrained_encoder_top1']:.2f} %"
 
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(runs):
     """Print RUNS as a Markdown table, and below it what they ran on."""
-    head = ["run", "loss", "tau", "views by", "batch", "epochs", "training, min", "probe top-1 %", "k-NN %", "raw pixels %", "untrained %", "seed"]
-    for cells in (head, ["---"] * len(head), *map(row, runs)):
+    runs = sorted(run for run in runs if (run / "probe.json").exists())
+    for cells in (HEAD, ["---"] * len(HEAD), *map(row, runs)):
         click.echo("| " + " | ".join(map(str, cells)) + " |")
     click.echo()
-    for line in sorted({environment(run) for run in runs}):
-        click.echo(line)
+    for run in runs:
+        for line in notes(run):
+            click.echo(f"- {line}")
 
 
 if __name__ == "__main__":
