@@ -1,7 +1,7 @@
 """Stage 1: contrastive pretraining. x -> Enc(x) = r -> Proj(r) = z -> loss (Khosla et al. 2020, section 3.1).
 
-    python pretrain.py --dataset shapes --augment crop --lr 0.1     # minutes on two CPU cores, no download
-    python pretrain.py --dataset cifar10 --batch 1024          # the reference code's CIFAR-10 recipe, on a GPU
+    python pretrain.py --dataset shapes --augment crop --lr 0.1                 # minutes on two CPU cores, no download
+    python pretrain.py --dataset cifar10 --batch 1024                           # the reference code's CIFAR-10 recipe, on a GPU
     torchrun --nproc_per_node=8 pretrain.py --dataset cifar10 --batch 1024      # the same batch on eight GPUs
     python pretrain.py --resume runs/cifar10-resnet50-supcon-s0                 # go on where a run stopped
     python linear_probe.py runs/cifar10-resnet50-supcon-s0/ckpt.pt              # stage 2
@@ -61,10 +61,10 @@ MEAN_STD = {  # the reference code's; every other data set is measured
 }
 
 
-def load_data(dataset, root, train, *, size=None, download=True, seed=0):
+def load_data(dataset, root, train, *, size=None, download=True):
     """The training or test set as Data, resized to `size` where given. Raises Refused where it cannot be had."""
     if dataset == "shapes":
-        return shapes(10_000 if train else 2_000, size or 32, seed=2 * seed + train)
+        return shapes(10_000 if train else 2_000, size or 32, seed=int(train))
     if dataset == "folder":
         return load_folder(root, train, size or 32)
     sets = torchvision.datasets
@@ -133,10 +133,7 @@ def resize(images, size):
 def shapes(n, size, seed):
     """Ten classes: five shapes, plain or striped, with random place, scale, angle, colours, background and noise."""
     g = generator(seed)
-
-    def uniform(low, high, *shape):
-        return torch.rand(n, *shape, generator=g) * (high - low) + low
-
+    uniform = uniform_from(g, n)
     labels = torch.randint(10, (n,), generator=g)
     axis = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in (-1, 1)
     angle, scale = uniform(-0.5, 0.5, 1, 1), uniform(0.5, 0.85, 1, 1)
@@ -184,10 +181,7 @@ def draw_view(n, size, augment, g):
     Crop of (0.2, 1) of the area at aspect (3/4, 4/3), flip; "sim" adds colour jitter (0.4, 0.4, 0.4, 0.1) with
     probability 0.8 and grey with 0.2. "none" leaves the images as they are.
     """
-
-    def uniform(low, high, *shape):
-        return torch.rand(n, *shape, generator=g) * (high - low) + low
-
+    uniform = uniform_from(g, n)
     area = uniform(0.2, 1, 10) * size**2  # ten tries, as in torchvision; then the whole image
     ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
     sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 2).round()  # (n, 10, 2) height, width
@@ -288,18 +282,23 @@ def generator(*key):
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
+def uniform_from(g, n):
+    """A function uniform(low, high, *shape) that draws (n, *shape) numbers from g."""
+    return lambda low, high, *shape: torch.rand(n, *shape, generator=g) * (high - low) + low
+
+
 def shuffled(labels, g):
     return torch.randperm(len(labels), generator=g)
 
 
 def shuffled_pairs(labels, g):
-    """Rows 2j and 2j + 1 show two images of one class, and the pairs go round the classes (Sohn's batches)."""
+    """Rows 2j and 2j + 1 show two images of one class; the pairs go round the classes, so that any C pairs in a row
+    show C classes, as Sohn's batches do. Small classes recur."""
     members = [m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels)]
     pairs = [m[: len(m) // 2 * 2].view(-1, 2) for m in members]
-    most = max(len(p) for p in pairs)
-    rounds = torch.stack([p[torch.arange(most) % len(p)] for p in pairs], 1)  # (most, C, 2); small classes recur
-    turn = torch.rand(rounds.shape[:2], generator=g).argsort(1)
-    return rounds.gather(1, turn[:, :, None].expand(-1, -1, 2)).flatten()[: len(labels)]
+    count = max(math.ceil(len(labels) / (2 * len(pairs))), *map(len, pairs))
+    rounds = torch.stack([p[torch.arange(count) % len(p)] for p in pairs], 1)  # (count, C, 2)
+    return rounds[:, torch.randperm(len(pairs), generator=g)].flatten()[: len(labels)]
 
 
 def images_of_classes(labels):
@@ -602,7 +601,7 @@ def complete(config, data, world):
         config.loss_scale = config.tau / 0.07 if recipe.scaled else 1.0
 
     loss, pairs = config.loss, config.loss == "n-pair"
-    lone_class = pairs and min(len(m) for m in images_of_classes(data.labels)) < 2
+    lone_class = pairs and torch.bincount(data.labels, minlength=len(data.classes)).min() < 2
     refusals = [
         (n < config.batch, f"--batch {config.batch} is larger than the {n} training images: lower --batch"),
         (config.warmup >= config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}"),
