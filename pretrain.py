@@ -796,7 +796,7 @@ def announce(say, config, data, test, model, autocast, collapse, floor, world):
     if test is None:
         say(f"no test set in {config.data}: no k-NN accuracy after the epochs")
     if collapse:
-        say(f"the loss is {collapse:.4f} when all features collapse to one, and never below {floor:.4f}")
+        say(f"the loss is {collapse:.4f} when all features collapse to one; its floor is about {floor:.4f}")
 
 
 # ---------------------------------------------------------------- the command line
