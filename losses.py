@@ -297,9 +297,10 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, rows):
         ctx.rows, ctx.rank = rows, dist.get_rank()
-        padded = F.pad(z, (0, 0, 0, max(rows) - len(z)))  # gloo refuses unequal shards
+        padded = z.new_zeros(max(rows), *z.shape[1:])  # gloo refuses unequal shards
+        padded[: len(z)] = z
         shards = [torch.empty_like(padded) for _ in rows]
-        dist.all_gather(shards, padded.contiguous())
+        dist.all_gather(shards, padded)
         return torch.cat([shard[:r] for shard, r in zip(shards, rows)])
 
     @staticmethod
@@ -311,7 +312,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_rows(z):
-    """The rows (n_r, D) of every rank r, concatenated in the order of the ranks, with gradients.
+    """The rows (n_r, ...) of every rank r, features or labels, in the order of the ranks, with gradients.
 
     A loss of all gathered rows, computed alike on every rank, then has the global value everywhere, and the
     global gradient after DistributedDataParallel's averaging: the backward sums W equal gradients, DDP divides.
