@@ -214,6 +214,16 @@ def test_transfer_resizes_another_data_set_to_the_checkpoints_size(trained, tmp_
     assert result["top1"] == 100 and result["test_images"] == 8 and (trained / "probe-folder.json").exists()
 
 
+def refusal(script, arguments, monkeypatch, capsys):
+    """The one line on stderr with which a script ends, at exit status 2, for what a user can put right."""
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.run_command(script.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    return error
+
+
 BAD = [
     (["--batch", "0"], "--batch"),
     (["--batch", "many"], "--batch"),
@@ -268,20 +278,14 @@ BAD = [
 @pytest.mark.parametrize("arguments, words", BAD, ids=[" ".join(a) for a, _ in BAD])
 def test_bad_options_give_one_line_and_status_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *SMALL, *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        pretrain.run_command(pretrain.main)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and words in error
+    assert words in refusal(pretrain, [*SMALL, *arguments], monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_folder_is_never_overwritten(trained, monkeypatch, capsys):
     before = (trained / "log.jsonl").read_bytes()
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *SMALL, "--run-dir", str(trained)])
-    with pytest.raises(SystemExit):
-        pretrain.run_command(pretrain.main)
-    assert "already holds a run" in capsys.readouterr().err and (trained / "log.jsonl").read_bytes() == before
+    assert "already holds a run" in refusal(pretrain, [*SMALL, "--run-dir", trained], monkeypatch, capsys)
+    assert (trained / "log.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("contents, arguments, words", [
@@ -303,11 +307,7 @@ def test_a_probe_of_what_cannot_be_probed_gives_one_line_and_status_2(contents, 
         path.write_bytes(contents)
     elif contents:
         torch.save(contents, path)
-    monkeypatch.setattr(sys, "argv", ["linear_probe.py", str(path), *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        pretrain.run_command(linear_probe.main)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and words in error
+    assert words in refusal(linear_probe, [path, *arguments], monkeypatch, capsys)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
@@ -322,11 +322,9 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_pat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *SMALL, "--loss", "n-pair", "--npair-l2", "0", "--lr", "1e30", "--warmup", "0", "--run-dir", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as stopped:
-        pretrain.run_command(pretrain.main)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and "at step" in error and "--lr" in error
+    explosive = ["--loss", "n-pair", "--npair-l2", "0", "--lr", "1e30", "--warmup", "0"]
+    error = refusal(pretrain, [*SMALL, *explosive, "--run-dir", tmp_path / "run"], monkeypatch, capsys)
+    assert "at step" in error and "--lr" in error
 
 
 def test_a_loss_that_sits_at_collapse_is_warned_of(tmp_path, capsys, monkeypatch):
