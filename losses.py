@@ -1,5 +1,5 @@
-# SPDX-License-Identifier: MIT. Copyright (c) 2026 the authors of this file. Version 0.1.0.
-"""Supervised contrastive losses and their relatives, one file that needs nothing but torch.
+# SPDX-License-Identifier: MIT. Copyright (c) 2026 the authors of this file. Version 0.2.0.
+"""Supervised contrastive losses and their relatives, one file that needs nothing but torch (2.9 or newer).
 
     from losses import supcon_out
     z = F.normalize(projection(encoder(torch.cat([view0, view1]))))   # (2n, D): all first views, then all second
@@ -16,17 +16,20 @@ A loss is the mean over the anchors i that have a positive; the others are left 
 and a batch without any gives 0. Nothing is scaled by a hidden factor and nothing is normalised: the functions
 are the equations. reduction="none" returns one value per row, 0 for a row that is left out.
 
-Scores are float32 or wider, outside autocast; a half or bfloat16 z gets its gradient back in its own type
-(in float16 that underflows for large N: use a gradient scaler). tau may be a tensor and then gets its gradient.
-Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
+Scores are float32 or wider, without autocast and TF32; a half or bfloat16 z gets its gradient in its own type
+(in float16 that underflows for large N: use a gradient scaler). tau may be a tensor and then gets its gradient;
+labels and class probabilities get none. Second derivatives are not to be had: they raise. Shapes and options that
+cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
 """
 
+import contextlib
 import math
+from typing import Optional
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------- the supervised contrastive loss
@@ -37,16 +40,14 @@ def supcon_out(z, y, tau=0.1, *, denominator="all", positives_cap=None, views=2,
 
     z (N, D) features, taken as given; y (N,) labels, or (N, C) class probabilities, which weigh a pair by
     their inner product; tau a positive number or tensor. D_ip is the sum of exp(s_ia/tau) over
-      "all"           P(i) and N(i), that is A(i): the paper
+      "all"           P(i) and N(i), that is A(i): the paper; the one that holds no N x N matrix
       "one_positive"  p and N(i)
       "negatives"     N(i); an anchor without negatives is left out
     positives_cap keeps, beside the anchor's own other `views`, at most that many positives (lowest batch index
     first, evenly over the views); the dropped ones leave the denominator too (A sec. 11).
     Returns a scalar, or (N,) values. Raises ValueError for shapes and options that do not fit.
     """
-    w, log_ratio = _supcon_terms(z, y, tau, denominator, positives_cap, views)
-    loss = -(w * log_ratio).sum(1)
-    return _reduce(loss, w.sum(1) > 0, reduction)
+    return _reduce(*_supcon("out", z, y, tau, denominator, positives_cap, views), reduction)
 
 
 def supcon_in(z, y, tau=0.1, *, denominator="all", positives_cap=None, views=2, reduction="mean"):
@@ -55,9 +56,7 @@ def supcon_in(z, y, tau=0.1, *, denominator="all", positives_cap=None, views=2, 
     Never above L_out (Jensen), equal where all positives of an anchor tie; its gradient pulls the nearest
     positives alone, and the paper measures it 11 points worse.
     """
-    w, log_ratio = _supcon_terms(z, y, tau, denominator, positives_cap, views)
-    loss = -_log_mean_exp(log_ratio, w)
-    return _reduce(loss, w.sum(1) > 0, reduction)
+    return _reduce(*_supcon("in", z, y, tau, denominator, positives_cap, views), reduction)
 
 
 def nt_xent(z, tau=0.5, *, views=2, reduction="mean"):
@@ -66,29 +65,35 @@ def nt_xent(z, tau=0.5, *, views=2, reduction="mean"):
     return supcon_out(z, _image_index(z, views), tau, reduction=reduction)
 
 
-def _supcon_terms(z, y, tau, denominator, positives_cap, views):
-    """The weight w_ip of every positive (1/|P(i)|, zero elsewhere) and its log ratio log(exp(s_ip/tau) / D_ip)."""
+def _supcon(variant, z, y, tau, denominator, positives_cap, views):
+    """(L_i of every row, whether it counts), each (N,)."""
     _check(z, y, tau=tau, views=1 if positives_cap is None else views, probabilities=True)
     _check_word("denominator", denominator, ("all", "one_positive", "negatives"))
-    s = _scores(z) / tau  # (N, N)
+    if denominator == "all" and positives_cap is None:
+        return _anchors(variant, z, y, tau)
     if y.ndim == 2:
-        if denominator != "all" or positives_cap is not None:
-            raise ValueError("class probabilities y (N, C) go with denominator='all' and no positives_cap alone")
-        a = _others(z)
-        w = _rows_to_one(_scores(y.to(s.dtype)) * a)
-        return w, torch.where(a, s - _log_sum_exp(s, a), 0)
+        raise ValueError("class probabilities y (N, C) go with denominator='all' and no positives_cap alone")
     p, n = _positives_negatives(y)
     if positives_cap is not None:
         p = _cap_positives(p, positives_cap, views)
     if denominator == "all":
-        log_d = _log_sum_exp(s, p | n)
-    elif denominator == "one_positive":
-        log_d = torch.logaddexp(s, _log_sum_exp(s, n))
-    else:
-        log_d = _log_sum_exp(s, n)
+        z = _over_root(z, tau)
+        return _Dense.apply(variant, z, None, p.to(z.dtype), ~(p | n))
+    s = _scores(z) / tau
+    log_n = s.masked_fill(~n, -torch.inf).logsumexp(1, keepdim=True)
+    if denominator == "negatives":
         p = p & n.any(1, keepdim=True)
-    w = _rows_to_one(p.to(s.dtype))
-    return w, torch.where(p, s - log_d, 0)
+        log_ratio = torch.where(p, s - log_n, 0)
+    else:
+        log_ratio = torch.where(p, s - torch.logaddexp(s, log_n), 0)
+    return torch.where(p.any(1), _equation(variant, _rows_to_one(p.to(s.dtype)), log_ratio), 0), p.any(1)
+
+
+def _equation(variant, w, log_ratio):
+    """A eq. 2 and 3 for every row: w_ip is 1/|P(i)| for a positive and else 0, log_ratio_ip the log of its ratio."""
+    if variant == "out":
+        return -(w * log_ratio).sum(1)
+    return -(w.log() + log_ratio).logsumexp(1)
 
 
 def _cap_positives(p, cap, views):
@@ -102,18 +107,68 @@ def _cap_positives(p, cap, views):
     return (p & own) | first.flatten(1)
 
 
+class _Dense(torch.autograd.Function):
+    """(L_i of every anchor, whether it counts), from the whole matrix of scores s_ij = a_i . b_j.
+
+    a (M, D) and b (N, D) are anchors and contrast set, both times tau^-1/2; w (M, N) >= 0 weighs the positives, whose
+    rows are brought to a sum of one; excluded (M, N), boolean, marks what is not in an anchor's denominator.
+    The gradient is dL_i/ds_ij = P_ij - X_ij (A eq. 4 and 5).
+    """
+
+    @staticmethod
+    def forward(ctx, variant, a, b, w, excluded):
+        log_p = _fill(_product(a, (a if b is None else b).T), excluded, -torch.inf).log_softmax(1)  # log P_ij
+        total = w.sum(1, keepdim=True)
+        w, alone = w / total.clamp(min=torch.finfo(w.dtype).tiny), total == 0
+        P = log_p.exp()
+        loss = _equation(variant, w, _fill(log_p, excluded, 0))
+        X = w if variant == "out" else log_p.add_(w.log()).add_(loss[:, None]).exp_()
+        ctx.save_for_backward(a, b, P.sub_(X).masked_fill_(alone, 0))
+        alone = alone.squeeze(1)
+        valid = ~alone
+        ctx.mark_non_differentiable(valid)
+        return loss.masked_fill_(alone, 0), valid
+
+    @staticmethod
+    def backward(ctx, g, _):
+        _first_derivative_only()
+        a, b, P_minus_X = ctx.saved_tensors
+        G = g[:, None] * P_minus_X
+        if b is None:
+            return None, _product(G + G.T, a), None, None, None
+        return None, _product(G, b), _product(G.T, a), None, None
+
+
+def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", reduction="mean"):
+    """L_out (or L_in, variant "in") of anchors against a contrast set of their own, a memory of rows for example.
+
+    z (M, D) anchors with labels y (M,); contrast (N, D) rows with y_contrast (N,); or class probabilities on both
+    sides. A(i) is the contrast set; where `own` is given its row own + i is anchor i itself and left out. Both
+    sides get gradients. Returns a scalar, or (M,) values.
+    """
+    _check(z, y, tau=tau, probabilities=True)
+    _check(contrast, y_contrast, probabilities=True)
+    _check_word("variant", variant, ("out", "in"))
+    if contrast.shape[1] != z.shape[1] or y_contrast.shape[1:] != y.shape[1:]:
+        shapes = [tuple(x.shape) for x in (contrast, y_contrast, z, y)]
+        raise ValueError("contrast {}, y_contrast {} do not go with z {}, y {}".format(*shapes))
+    if own is not None and not 0 <= own <= len(contrast) - len(z):
+        raise ValueError(f"own must lie in 0 ... {len(contrast) - len(z)}, got {own}")
+    return _reduce(*_anchors(variant, z, y, tau, contrast, y_contrast, own), reduction)
+
+
 class SupConLoss(nn.Module):
     """Drop-in for the reference PyTorch code's SupConLoss: same arguments, same value on unit rows.
 
     forward(features, labels=None, mask=None): features (B, V, ...), anything after V is flattened; labels (B,),
-    or mask (B, B) whose entry [i, j] >= 0 weighs image j as a positive of image i, or neither, which is NT-Xent.
-    contrast_mode "one" takes view 0 alone as anchors. The value is multiplied by temperature/base_temperature,
-    as the reference does; base_temperature=None turns that off. variant "in" gives L_in.
+    or mask (B, B) whose entry [i, j] >= 0 weighs image j as a positive of image i (it takes an N x N matrix), or
+    neither, which is NT-Xent. contrast_mode "one" takes view 0 alone as anchors. The value is multiplied by
+    temperature/base_temperature, as the reference does; base_temperature=None turns that off. variant "in" is L_in.
 
     It parts from the reference where that is wrong or nan: anchors without a positive leave the mean (the
     reference divides by them as well), small temperatures are exact (it underflows), and rows are L2-normalised
     here (normalize=False turns that off), so the gradient with respect to unit leaf rows is the tangential part;
-    parameters of a model that normalises already see no difference.
+    parameters of a model that normalises already see no difference. (Of a zero row, F.normalize's gradient is huge.)
     """
 
     def __init__(self, temperature=0.07, contrast_mode="all", base_temperature=0.07, *, variant="out", normalize=True):
@@ -135,23 +190,206 @@ class SupConLoss(nn.Module):
         z = _widen(features.flatten(2).transpose(0, 1).flatten(0, 1))  # (V B, D), view by view
         if self.normalize:
             z = F.normalize(z)
-        if labels is not None:
-            labels = labels.reshape(-1)
-            if len(labels) != B:
-                raise ValueError(f"labels must be ({B},) for features {tuple(features.shape)}, got {len(labels)}")
-            mask = labels[:, None] == labels
-        elif mask is None:
-            mask = torch.eye(B, device=z.device)
-        elif mask.shape != (B, B):
-            raise ValueError(f"mask must be ({B}, {B}), got {tuple(mask.shape)}")
-        rows = B if self.contrast_mode == "one" else V * B  # the anchors come first in z
-        a = _others(z)[:rows]
-        s = _scores(z)[:rows] / self.temperature
-        w = _rows_to_one(mask.to(device=z.device, dtype=s.dtype).repeat(V, V)[:rows] * a)
-        log_p = torch.where(a, s - _log_sum_exp(s, a), 0)  # log P_ip
-        loss = -(w * log_p).sum(1) if self.variant == "out" else -_log_mean_exp(log_p, w)
+        M = B if self.contrast_mode == "one" else V * B  # the anchors come first in z
+        if mask is not None:
+            if mask.shape != (B, B):
+                raise ValueError(f"mask must be ({B}, {B}), got {tuple(mask.shape)}")
+            z = _over_root(z, self.temperature)
+            w = _fill(mask.to(z.device, z.dtype).repeat(V, V)[:M], 0, 0)
+            terms = _Dense.apply(self.variant, z[:M], z if M < V * B else None, w, 0)
+        else:
+            y = torch.arange(B, device=z.device) if labels is None else labels.reshape(-1).to(z.device)
+            if len(y) != B:
+                raise ValueError(f"labels must be ({B},) for features {tuple(features.shape)}, got {len(y)}")
+            y = y.repeat(V)
+            terms = _anchors(self.variant, z[:M], y[:M], self.temperature, *(() if M == len(z) else (z, y)))
         scale = 1 if self.base_temperature is None else self.temperature / self.base_temperature
-        return scale * _reduce(loss, w.sum(1) > 0, "mean")
+        return scale * _reduce(*terms, "mean")
+
+
+# ---------------------------------------------------------------- the same losses in tiles, without an N x N matrix
+#
+#   L_out,i = lse_{a in A(i)} s_ia/tau  -  mean_{p in P(i)} s_ip/tau
+#   L_in,i  = lse_{a in A(i)} s_ia/tau  -  lse_{p in P(i)} s_ip/tau  +  log |P(i)|
+#
+# lse, the log of the sum of exp, goes over tiles of the scores, and the backward computes each tile again. The mean
+# needs no scores: it is z_i . c_i / tau, c_i the mean of the rows P(i), from the sums of the classes. Where the
+# anchors are the contrast set, b is None: s_ij = s_ji, and a tile above the diagonal serves its rows and its columns.
+
+TILE = 1024  # rows and columns of scores in memory at a time
+DENSE = 512  # a batch that is no larger takes the dense form, which is faster there
+
+
+def _anchors(variant, a, y_a, tau, b=None, y_b=None, own=0):
+    """(L_i of every anchor, whether it counts), each (M,); anchor i is row own + i of the contrast set, if of any."""
+    a = _over_root(a, tau)
+    b = None if b is None else _over_root(b, tau).to(a.dtype)
+    if y_a.ndim == 2:
+        y_a, y_b = y_a.to(a.dtype), None if b is None else y_b.to(a.dtype)
+    if len(a) * len(a if b is None else b) > DENSE**2:
+        return _Tiled.apply(variant, a, y_a, b, y_b, own)
+    y_b = y_a if b is None else y_b
+    w = _product(y_a, y_b.T) if y_a.ndim == 2 else (y_a[:, None] == y_b).to(a.dtype)
+    return _Dense.apply(variant, a, b, _fill(w, own, 0), own)
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, variant, a, y_a, b, y_b, own):
+        mirror = b is None
+        b, y_b = (a, y_a) if mirror else (b, y_b)
+        sums = _positive_sums(F.pad(b, (0, 1), value=1.0), y_b, y_a, own)
+        weight = sums[:, -1]  # |P(i)|, or the sum of the products of class probabilities
+        alone = weight <= (0 if y_a.ndim == 1 else 1e-6 * y_a.square().sum(1))  # less than that is rounding
+        weight = weight.masked_fill(alone, 1)
+        mean = sums[:, :-1] / weight[:, None]  # c_i
+        labels = (y_a, y_b) if variant == "in" else (None, None)
+        lse = _lse(a, b, *labels, own, mirror)
+        loss = lse[0] - (a * mean).sum(1) if variant == "out" else lse[0] - lse[1] + weight.log()
+        ctx.save_for_backward(a, b, y_a, y_b, lse, mean, weight, alone)
+        ctx.variant, ctx.own, ctx.mirror = variant, own, mirror
+        valid = ~alone
+        ctx.mark_non_differentiable(valid)
+        return loss.masked_fill_(alone, 0), valid
+
+    @staticmethod
+    def backward(ctx, g, _):
+        _first_derivative_only()
+        a, b, y_a, y_b, lse, mean, weight, alone = ctx.saved_tensors
+        g = g.masked_fill(alone, 0)
+        if ctx.variant == "out":
+            grad_a, grad_b = _lse_grad(a, b, None, None, ctx.own, ctx.mirror, lse, g[None])
+            grad_a -= g[:, None] * mean
+            grad_b -= _positive_sums(a * (g / weight)[:, None], y_a, y_b, ctx.own)
+        else:
+            grad_a, grad_b = _lse_grad(a, b, y_a, y_b, ctx.own, ctx.mirror, lse, torch.stack([g, -g]))
+        if ctx.mirror:
+            grad_a, grad_b = grad_a + grad_b, None
+        return None, grad_a, None, grad_b, None, None
+
+
+def _tiles(a, b, y_a, y_b, own, mirror):
+    """Yields (I, J, scores): a block of anchors, one of the contrast set, and their scores, -inf for j = own + i.
+
+    With labels a second matrix of scores follows, those of P(i), -inf for the rest; with class probabilities, all
+    of them weighed by the probabilities' product. A mirror shows the tiles above the diagonal alone.
+    """
+    for i in range(0, len(a), TILE):
+        for j in range(i if mirror else 0, len(b), TILE):
+            I, J = slice(i, i + TILE), slice(j, j + TILE)
+            s = _fill(a[I] @ b[J].T, None if own is None else own + i - j, -torch.inf)
+            if y_a is None:
+                yield I, J, [s]
+            elif y_a.ndim == 2:
+                yield I, J, [s, s + (y_a[I] @ y_b[J].T).log()]
+            else:
+                yield I, J, [s, s.masked_fill(y_a[I, None] != y_b[J], -torch.inf)]
+
+
+def _mild(a, b):
+    """Whether |s_ij| < 40 by Cauchy and Schwarz: exp(s_ij) can then be added up without taking a maximum off."""
+    return min(len(a), len(b)) > 0 and bool(a.square().sum(1).amax() * b.square().sum(1).amax() < 40**2)
+
+
+# Each a node of its own in a compiled graph, where the tiles would unroll.
+@torch.library.custom_op("supcon::lse", mutates_args=())
+def _lse(a: Tensor, b: Tensor, y_a: Optional[Tensor], y_b: Optional[Tensor], own: Optional[int], mirror: bool) -> Tensor:
+    """log sum_j exp(s_ij) over A(i), and with labels over P(i) as well: (1 or 2, M); -inf where there is none."""
+    mild = _mild(a, b)
+    add = torch.add if mild else torch.logaddexp
+    total = a.new_full((1 if y_a is None else 2, len(a)), 0 if mild else -torch.inf)
+    with _full_precision(a.device):
+        for I, J, scores in _tiles(a, b, y_a, y_b, own, mirror):
+            for lse, s in zip(total, scores):
+                fold = s.exp_().sum if mild else s.logsumexp
+                lse[I] = add(lse[I], fold(1))
+                if mirror and I != J:
+                    lse[J] = add(lse[J], fold(0))
+    return total.log_() if mild else total
+
+
+@torch.library.custom_op("supcon::lse_grad", mutates_args=())
+def _lse_grad(
+    a: Tensor, b: Tensor, y_a: Optional[Tensor], y_b: Optional[Tensor], own: Optional[int], mirror: bool, lse: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients in a and in b of sum_ki g_ki lse_ki; for a mirror, their sum is that in a."""
+    mild = _mild(a, b)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # no member, no weight
+    c = g * (-lse).exp() if mild else None
+    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
+    with _full_precision(a.device):
+        for I, J, scores in _tiles(a, b, y_a, y_b, own, mirror):
+            twice = mirror and I != J  # s_ij = s_ji: g_i softmax_i(s)_j and g_j softmax_j(s)_i at once
+            w = 0
+            for k, s in enumerate(scores):
+                if mild:
+                    w = s.exp_().mul_(c[k, I, None] + c[k, J] if twice else c[k, I, None]).add_(w)
+                else:
+                    w = (s - lse[k, I, None]).exp_().mul_(g[k, I, None]).add_(w)
+                    w = w.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if twice else w
+            grad_a[I].addmm_(w, b[J])
+            grad_b[J].addmm_(w.T, a[I])
+    return grad_a, grad_b
+
+
+@torch.library.custom_op("supcon::positive_sums", mutates_args=())
+def _positive_sums(x: Tensor, y_x: Tensor, y: Tensor, own: Optional[int]) -> Tensor:
+    """Row i: the sum of w_ij x_j over all rows but its own; w_ij is 1 for one label, or the probabilities' product.
+
+    Of x and y the shorter one belongs to the anchors: its row k is row own + k of the longer.
+    """
+    wide = x if x.device.type == "mps" else x.double()  # thousands of rows are added up
+    if y.ndim == 2:
+        sums = y.to(wide.dtype) @ (y_x.to(wide.dtype).T @ wide)
+    else:
+        labels, index = torch.cat([y_x, y]).unique(return_inverse=True)
+        sums = wide.new_zeros(len(labels), x.shape[1]).index_add_(0, index[: len(x)], wide)[index[len(x) :]]
+    if own is not None:
+        mine, y_mine = (wide[own : own + len(y)], y) if len(y) < len(x) else (wide, y_x)
+        if y.ndim == 2:
+            mine = mine * y_mine.to(wide.dtype).square().sum(1, keepdim=True)
+        (sums if len(y) < len(x) else sums[own : own + len(x)]).sub_(mine)
+    return sums.to(x.dtype)
+
+
+@torch.library.custom_op("supcon::product", mutates_args=())
+def _compiled_product(a: Tensor, b: Tensor) -> Tensor:
+    return _exact_product(a, b)
+
+
+_lse.register_fake(lambda a, b, y_a, *rest: a.new_empty(1 if y_a is None else 2, len(a)))
+_lse_grad.register_fake(lambda a, b, *rest: (torch.empty_like(a), torch.empty_like(b)))
+_positive_sums.register_fake(lambda x, y_x, y, own: x.new_empty(len(y), x.shape[1]))
+_compiled_product.register_fake(lambda a, b: a.new_empty(len(a), b.shape[1]))
+
+
+def _product(a, b):
+    return (_compiled_product if torch.compiler.is_compiling() else _exact_product)(a, b)
+
+
+def _exact_product(a, b):
+    with _full_precision(a.device):
+        return a @ b
+
+
+@contextlib.contextmanager
+def _full_precision(device):
+    """No autocast, no TF32, no bfloat16 products on a CPU, whatever the surroundings say."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    lowered = [(backend, backend.fp32_precision) for backend in backends if backend.fp32_precision not in ("ieee", "none")]
+    try:
+        for backend, _ in lowered:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext():
+            yield
+    finally:
+        for backend, precision in lowered:
+            backend.fp32_precision = precision
+
+
+def _first_derivative_only():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("the losses have no second derivative: differentiate them without create_graph=True")
 
 
 # ---------------------------------------------------------------- what came before: pairs, triplets, N-pairs
@@ -165,9 +403,8 @@ def n_pair(anchor, positive, *, reduction="mean"):
     _check(anchor)
     if positive.shape != anchor.shape:
         raise ValueError(f"positive must be {tuple(anchor.shape)} like anchor, got {tuple(positive.shape)}")
-    s = _scores(anchor, positive)
-    loss = s.logsumexp(1) - s.diagonal()
-    return _reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
+    pair = torch.arange(len(anchor), device=anchor.device)
+    return _reduce(*_anchors("out", anchor, pair, 1.0, positive, pair.clone(), None), reduction)
 
 
 def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"):
@@ -195,7 +432,7 @@ def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"
         loss = (hinge(d - d_n + margin) * _rows_to_one(p.to(d.dtype))).sum(1)
     else:
         loss = _mean_over_triplets(d, p, n, margin, hinge)
-    return _reduce(loss, valid, reduction)
+    return _reduce(torch.where(valid, loss, 0), valid, reduction)
 
 
 def _semihard_negatives(d, n):
@@ -236,7 +473,8 @@ def max_margin(z, y, margin=1.0, *, reduction="mean"):
     z = _widen(z)
     D = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")  # its gradient at D = 0 is 0
     pair = torch.where(p, D.square() / 2, 0) + torch.where(n, F.relu(margin - D).square() / 2, 0)
-    return _reduce(pair.sum(1) / max(len(z) - 1, 1), p.any(1), reduction)
+    loss = pair.sum(1) / max(len(z) - 1, 1)
+    return _reduce(torch.where(p.any(1), loss, 0), p.any(1), reduction)
 
 
 # ---------------------------------------------------------------- Wang & Liu: what the temperature does
@@ -246,10 +484,9 @@ def hard_contrastive(z, tau, k, *, views=2, reduction="mean"):
     """L_hard (B eq. 9): NT-Xent in which each anchor keeps only the k negatives nearest to it."""
     _check(z, tau=tau, views=views)
     p, n = _positives_negatives(_image_index(z, views))
-    s = _scores(z) / tau
-    log_ratio = s - _log_sum_exp(s, p | _nearest_negatives(s, n, k))
-    w = _rows_to_one(p.to(s.dtype))
-    return _reduce(-(w * log_ratio).sum(1), p.any(1), reduction)
+    n = _nearest_negatives(_scores(z.detach()), n, k)
+    z = _over_root(z, tau)
+    return _reduce(*_Dense.apply("out", z, None, p.to(z.dtype), ~(p | n)), reduction)
 
 
 def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
@@ -260,7 +497,7 @@ def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
     if k is not None:
         n = _nearest_negatives(s, n, k)
     loss = -(_rows_to_one(p.to(s.dtype)) * s).sum(1) + lam * (n * s).sum(1)
-    return _reduce(loss, p.any(1), reduction)
+    return _reduce(torch.where(p.any(1), loss, 0), p.any(1), reduction)
 
 
 def uniformity(z, t=2):
@@ -293,22 +530,33 @@ def tolerance(z, y):
 # ---------------------------------------------------------------- across ranks
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, rows):
-        ctx.rows, ctx.rank = rows, dist.get_rank()
-        padded = z.new_zeros(max(rows), *z.shape[1:])  # gloo refuses unequal shards
-        padded[: len(z)] = z
-        shards = [torch.empty_like(padded) for _ in rows]
-        dist.all_gather(shards, padded)
-        return torch.cat([shard[:r] for shard, r in zip(shards, rows)])
+def supcon_sharded(z, y, tau=0.1, *, queue=None, variant="out"):
+    """L_out or L_in of the rows of all ranks. Each rank gives its own (n_r, D) rows and labels, and scores them alone
+    against everybody's: the value is the global one on every rank, and after DistributedDataParallel's averaging so
+    is the gradient, for unequal and empty shards too.
 
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)  # every rank's loss depends on our rows
-        start = sum(ctx.rows[: ctx.rank])
-        return grad[start : start + ctx.rows[ctx.rank]], None
+    queue (features, labels), the same on every rank, joins the contrast set. For NT-Xent let y number the images of
+    all ranks. Without a process group this is the loss of one process.
+    """
+    _check(z, y, tau=tau, probabilities=True)
+    _check_word("variant", variant, ("out", "in"))
+    contrast = ()  # one process: its rows are their own contrast set
+    if queue is not None or _world_size() > 1:
+        contrast, y_contrast = all_gather_rows(z), all_gather_rows(y)
+        if queue is not None:
+            contrast, y_contrast = torch.cat([contrast, queue[0]]), torch.cat([y_contrast, queue[1]])
+        contrast = contrast, y_contrast, _place(z)[0]
+    return global_mean(*_anchors(variant, z, y, tau, *contrast))
+
+
+def global_mean(values, valid):
+    """The mean over all ranks of the values (n_r,) that are valid, on every rank; 0 if none is.
+
+    Exact under DistributedDataParallel's averaging where shards are unequal and a mean of local means is not: what
+    is added to a loss, a cross-entropy head for one, needs it as well.
+    """
+    total, count = torch.where(valid, values, 0).sum(), valid.sum()
+    return _AllReduce.apply(total) / _AllReduce.apply(count).clamp(min=1)
 
 
 def all_gather_rows(z):
@@ -316,24 +564,59 @@ def all_gather_rows(z):
 
     A loss of all gathered rows, computed alike on every rank, then has the global value everywhere, and the
     global gradient after DistributedDataParallel's averaging: the backward sums W equal gradients, DDP divides.
-    Shards may be unequal or empty. Without a process group z comes back as it is.
+    Shards may be unequal or empty. Without a process group the rows are z's.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return z
-    rows = torch.zeros(dist.get_world_size(), dtype=torch.long, device=z.device)
+    start, N = _place(z)
+    return _AllReduce.apply(torch.cat([z.new_zeros(start, *z.shape[1:]), z, z.new_zeros(N - start - len(z), *z.shape[1:])]))
+
+
+def _world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _place(z):
+    """(the place of this rank's first row among the rows of all ranks, their number)."""
+    if _world_size() == 1:
+        return 0, len(z)
+    rows = torch.zeros(_world_size(), dtype=torch.long, device=z.device)
     rows[dist.get_rank()] = len(z)
-    dist.all_reduce(rows)
-    return _AllGather.apply(z, rows.tolist())
+    rows = _AllReduce.apply(rows).tolist()
+    return sum(rows[: dist.get_rank()]), sum(rows)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over the ranks; its gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        if _world_size() > 1:
+            dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return _AllReduce.apply(g)
 
 
 # ---------------------------------------------------------------- sets, scores and reductions
 
 
-def _scores(z, other=None):
-    """s_ij = z_i . z_j, (N, N), in float32 or wider whatever the autocast around it."""
-    with torch.autocast(z.device.type, enabled=False):
-        z = _widen(z)
-        return z @ (z if other is None else _widen(other)).T
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return _product(z, z.T)
+
+    @staticmethod
+    def backward(ctx, g):
+        _first_derivative_only()
+        return _product(g + g.T, *ctx.saved_tensors)
+
+
+def _scores(z):
+    """s_ij = z_i . z_j, (N, N), in float32 or wider."""
+    return _Scores.apply(_widen(z))
 
 
 def _squared_distances(z):
@@ -345,6 +628,20 @@ def _squared_distances(z):
 
 def _widen(z):
     return z if z.dtype in (torch.float32, torch.float64) else z.float()
+
+
+def _over_root(z, tau):
+    """z times tau^-1/2: products of such rows are s_ij/tau, and tau gets its gradient from them."""
+    return _widen(z) / (tau.sqrt() if isinstance(tau, Tensor) else math.sqrt(tau))
+
+
+def _fill(s, excluded, value):
+    """s (M, N) with `value` in the excluded places: True in a matrix, or j = own + i, or none if own is None."""
+    if isinstance(excluded, Tensor):
+        return s.masked_fill_(excluded, value)
+    if excluded is not None:
+        s.diagonal(excluded).fill_(value)
+    return s
 
 
 def _others(z):
@@ -370,29 +667,13 @@ def _nearest_negatives(s, n, k):
     return n & torch.zeros_like(n).scatter(1, top, True)
 
 
-def _log_sum_exp(s, members):
-    """log sum of exp(s_ij) over the members j of row i, (N, 1); -inf with a zero gradient for an empty row.
-
-    What is no member is -inf before any maximum is taken: a self score of 1/tau would drown all others.
-    """
-    some = members.any(1, keepdim=True)
-    return s.masked_fill(~members & some, -torch.inf).logsumexp(1, keepdim=True).masked_fill(~some, -torch.inf)
-
-
-def _log_mean_exp(log_ratio, w):
-    """log sum_p w_ip exp(log_ratio_ip), (N,): the logarithm of the mean over P(i)."""
-    return _log_sum_exp(log_ratio + torch.where(w > 0, w, 1).log(), w > 0).squeeze(1)
-
-
 def _rows_to_one(w):
     """Weights of each row divided by their sum; a row of zeros stays zero."""
-    total = w.sum(1, keepdim=True)
-    return w / torch.where(total > 0, total, 1)
+    return w / w.sum(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
 
 
 def _reduce(loss, valid, reduction):
     _check_word("reduction", reduction, ("mean", "none"))
-    loss = torch.where(valid, loss, 0)
     return loss if reduction == "none" else loss.sum() / valid.sum().clamp(min=1)
 
 

@@ -396,15 +396,17 @@ RECIPES = {
 }
 
 
-def contrastive_loss(config, z, labels):
-    """The loss `config.loss` of the global batch: z (V n, D) view by view, labels (n,)."""
-    y = labels.repeat(config.views)
-    if config.loss == "supcon":
-        return losses.supcon_out(z, y, config.tau)
-    if config.loss == "supcon-in":
-        return losses.supcon_in(z, y, config.tau)
-    if config.loss == "simclr":
-        return losses.nt_xent(z, config.tau, views=config.views)
+def contrastive_loss(config, z, labels, images):
+    """The loss `config.loss` of the global batch, from this rank's z (V n_r, D), view by view, and its labels (n_r,).
+
+    images (n_r,) numbers the images of the global batch.
+    """
+    V, y = config.views, labels.repeat(config.views)
+    if config.loss in ("supcon", "supcon-in"):
+        return losses.supcon_sharded(z, y, config.tau, variant="in" if config.loss == "supcon-in" else "out")
+    if config.loss == "simclr":  # NT-Xent: an image is its own class
+        return losses.supcon_sharded(z, images.repeat(V), config.tau)
+    z, y = gather_views(z, V), gather_views(y, V)  # these look at all rows on every rank
     if config.loss == "triplet":
         return losses.triplet(z, y, 0.2 if config.margin is None else config.margin, mining=config.mining)
     if config.loss == "max-margin":
@@ -418,15 +420,19 @@ def grouped_n_pair(anchor, positive, num_classes):
     return torch.cat([losses.n_pair(a, p, reduction="none") for a, p in groups]).mean()
 
 
-def total_loss(config, z, logits, labels):
+def total_loss(config, z, logits, labels, images):
     """loss-scale * contrastive, or cross-entropy, or (1 - w) of the one and w of the other (Gunel et al. 2021)."""
-    y = labels.repeat(config.views)
     if config.loss == "ce":
-        return F.cross_entropy(logits, y)
-    loss = config.loss_scale * contrastive_loss(config, z, labels)
+        return cross_entropy(logits, labels.repeat(config.views))
+    loss = config.loss_scale * contrastive_loss(config, z, labels, images)
     if logits is None:
         return loss
-    return (1 - config.ce_weight) * loss + config.ce_weight * F.cross_entropy(logits, y)
+    return (1 - config.ce_weight) * loss + config.ce_weight * cross_entropy(logits, labels.repeat(config.views))
+
+
+def cross_entropy(logits, y):
+    """The mean over the rows of all ranks."""
+    return losses.global_mean(F.cross_entropy(logits, y, reduction="none"), torch.ones_like(y, dtype=torch.bool))
 
 
 def collapse_and_floor(config, labels):
@@ -483,9 +489,9 @@ def setup_ranks(device):
 
 
 def gather_views(rows, views):
-    """The ranks' rows (V n_r, D), view by view, as the global batch (V n, D), view by view."""
-    by_image = rows.unflatten(0, (views, -1)).transpose(0, 1)  # (n_r, V, D)
-    return losses.all_gather_rows(by_image.flatten(1)).unflatten(1, (views, -1)).transpose(0, 1).flatten(0, 1)
+    """The ranks' rows (V n_r, ...), view by view, as the global batch (V n, ...), view by view."""
+    by_image = rows.unflatten(0, (views, -1)).transpose(0, 1)  # (n_r, V, ...)
+    return losses.all_gather_rows(by_image).transpose(0, 1).flatten(0, 1)
 
 
 # ---------------------------------------------------------------- what a representation is worth, at a glance
@@ -684,9 +690,7 @@ def train(config, resume=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, steps_per_epoch)
         z, logits = parallel(torch.cat(views).contiguous(memory_format=torch.channels_last))
-        z = gather_views(z, V)
-        logits = None if logits is None else gather_views(logits, V)
-        loss = total_loss(config, z, logits, labels[rows])
+        loss = total_loss(config, z, logits, labels[rows[mine]], torch.arange(config.batch, device=device)[mine])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -712,6 +716,7 @@ def train(config, resume=None):
                     f"{rate:.0f} images/s  {left / 60:.1f} min left")
         if last:
             seconds += time.perf_counter() - epoch_start
+            z = gather_views(z.detach(), V)
             entry = {"step": step, "epoch": epoch + 1, "mean_loss": torch.stack(losses_of_epoch).mean().item()}
             if rank == 0:
                 entry |= {"seconds": round(seconds, 2)} | diagnose(model, z, V, data, test, mean, std)

@@ -72,16 +72,15 @@ def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
     return _reduce(z, _simple_contrastive(_rows(z), lam, _images(z, views), k), reduction)
 
 
+def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", reduction="mean"):
+    """supcon_out or supcon_in (variant "in") of anchors z against rows of their own: A(i) is all rows of contrast, less
+    row own + i, which is anchor i, where own is given; P(i) is those of A(i) with i's label; y both (., C) as above"""
+    return _reduce(z, _against(variant, _rows(z, y, (1, 2)), y, _rows(contrast), y_contrast, tau, own), reduction)
+
+
 def n_pair(anchor, positive, *, reduction="mean"):
     """Sohn 2016, less its penalty on norms:  L_i = log( 1 + sum_{j != i} exp(f_i . f_j+ - f_i . f_i+) )"""
     return _reduce(anchor, _n_pair(_rows(anchor), _rows(positive)), reduction)
-
-
-def n_pair_grad(anchor, positive):
-    """(d/d anchor, d/d positive):  dL_i/d(f_i . f_j+) = softmax_j(f_i . f_j+) - [j = i]"""
-    f, f_pos = _rows(anchor), _rows(positive)
-    weights = [(i, len(f) + j, g[j] / len(f)) for i, L_i, g in _n_pair(f, f_pos) for j in g]
-    return tuple(np.split(_gradient(np.vstack([f, f_pos]), weights, _score_slope), 2))
 
 
 def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"):
@@ -142,6 +141,9 @@ def hard_contrastive_grad(*args, **options): return hard_contrastive(*args, **op
 def simple_contrastive_grad(*args, **options): return simple_contrastive(*args, **options, reduction="gradient")
 def triplet_grad(*args, **options): return triplet(*args, **options, reduction="gradient")
 def max_margin_grad(*args, **options): return max_margin(*args, **options, reduction="gradient")
+def n_pair_grad(f, f_pos): return _two_gradients(f, f_pos, _n_pair(_rows(f), _rows(f_pos)))
+def supcon_against_grad(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out"):
+    return _two_gradients(z, contrast, _against(variant, _rows(z), y, _rows(contrast), y_contrast, tau, own))
 def alignment_grad(z, *, views=2): return _gradient(z, _pairs(z, _images(z, views, least=2)), _distance_slope)
 def tolerance_grad(z, y): return _gradient(z, _pairs(z, y), _score_slope)
 
@@ -154,22 +156,18 @@ def _supcon(variant, z, y, tau, denominator="all", cap=None, views=2, k=None):
     _require(y.ndim == 1 or (denominator, cap) == ("all", None), f"class probabilities with {denominator}, cap {cap}")
     n = None if cap is None else len(set(_images(z, views)))
     _require(cap is None or (cap >= 0 and cap % views == 0), f"positives_cap {cap} is no multiple of {views} views")
+    if y.ndim == 2:
+        yield from _against(variant, z, y, z, y, tau, own=0)
+        return
     for i in range(len(z)):
         s = z @ z[i]
-        if y.ndim == 2:
-            overlap = {a: y[i] @ y[a] for a in _others(i, y) if y[i] @ y[a] > 0}
-            w = {p: overlap[p] / sum(overlap.values()) for p in overlap}
-            D = {p: _others(i, y) for p in w}
-        else:
-            P, N = _positives(i, y), sorted(_negatives(i, y), key=s.item, reverse=True)[:k]
-            if cap is not None:
-                others = [[p for p in P if p // n == view and p % n != i % n] for view in range(views)]
-                P = [p for p in P if p % n == i % n] + [p for rows in others for p in rows[:cap // views]]
-            w = {p: 1 / len(P) for p in P}
-            D = {p: {"all": P + N, "one_positive": [p] + N, "negatives": N}[denominator] for p in P}
-        if w and all(D.values()):
-            yield i, *_contrast(variant, s / tau, w, D, tau)
-
+        P, N = _positives(i, y), sorted(_negatives(i, y), key=s.item, reverse=True)[:k]
+        if cap is not None:
+            others = [[p for p in P if p // n == view and p % n != i % n] for view in range(views)]
+            P = [p for p in P if p % n == i % n] + [p for rows in others for p in rows[:cap // views]]
+        D = {p: {"all": P + N, "one_positive": [p] + N, "negatives": N}[denominator] for p in P}
+        if P and all(D.values()):
+            yield i, *_contrast(variant, s / tau, {p: 1 / len(P) for p in P}, D, tau)
 
 def _contrast(variant, x, w, D, tau):
     """(L_i, {a: dL_i/ds_ia}) from x_a = s_ia/tau, the weight w_p of every positive and the rows D_p of its denominator.
@@ -188,7 +186,6 @@ def _contrast(variant, x, w, D, tau):
             g[a] += X_p * softmax_a / tau
     return L_i, g
 
-
 def _simple_contrastive(z, lam, images, k):
     for i, z_i in enumerate(z):
         s, P = z @ z_i, _positives(i, images)
@@ -197,12 +194,17 @@ def _simple_contrastive(z, lam, images, k):
         if P:
             yield i, sum(g[a] * s[a] for a in g), g
 
+def _against(variant, z, y, contrast, y_contrast, tau, own):
+    for i in range(len(z)):
+        A = [a for a in range(len(contrast)) if own is None or a != own + i]
+        overlap = {a: y[i] @ y_contrast[a] if np.ndim(y) == 2 else float(y[i] == y_contrast[a]) for a in A}
+        w = {p: overlap[p] / sum(overlap.values()) for p in A if overlap[p] > 0}
+        if w:
+            yield i, *_contrast(variant, contrast @ z[i] / tau, w, {p: A for p in w}, tau)
 
 def _n_pair(f, f_pos):
     _require(f.shape == f_pos.shape, f"anchor {f.shape} and positive {f_pos.shape} differ in shape")
-    for i in range(len(f)):
-        yield i, *_contrast("out", f_pos @ f[i], {i: 1.0}, {i: list(range(len(f)))}, 1)
-
+    return _against("out", f, range(len(f)), f_pos, range(len(f)), 1, None)
 
 def _triplet(z, y, margin, mining, soft):
     z = _rows(z, y)
@@ -223,7 +225,6 @@ def _triplet(z, y, margin, mining, soft):
         if triplets:
             yield i, L_i, h
 
-
 def _max_margin(z, y, margin):
     z = _rows(z, y)
     for i in range(len(z)):
@@ -234,36 +235,30 @@ def _max_margin(z, y, margin):
         if P:
             yield i, L_i / len(P + N), {a: h[a] / len(P + N) for a in h}
 
-
 def _others(i, y): return [a for a in range(len(y)) if a != i]
 def _positives(i, y): return [p for p in _others(i, y) if y[p] == y[i]]
 def _negatives(i, y): return [n for n in _others(i, y) if y[n] != y[i]]
 def _score_slope(z_i, z_a): return z_a  # ds_ia/dz_i
 def _distance_slope(z_i, z_a): return 2 * (z_i - z_a)  # dd_ia/dz_i
 
-
 def _images(z, views, least=1):
     _require(views >= least and len(_rows(z)) % views == 0, f"{len(z)} rows in {views} views; {least} views at least")
     return [i % (len(z) // views) for i in range(len(z))]
-
 
 def _pairs(z, y):
     """All (i, p) with p in P(i), each with its share of their mean."""
     pairs = [(i, p) for i in range(len(_rows(z, y))) for p in _positives(i, y)]
     return [(i, p, 1 / len(pairs)) for i, p in pairs]
 
-
 def _distances(z):
     z = _rows(z)
     _require(len(z) > 1, f"uniformity needs at least two rows, got {z.shape}")
     return {(i, j): (z[i] - z[j]) @ (z[i] - z[j]) for i in range(len(z)) for j in _others(i, z)}
 
-
 def _lse(x):
     """log sum exp x; log1p keeps a loss of 1e-11 exact."""
     x = np.sort(x)
     return x[-1] + np.log1p(np.exp(x[:-1] - x[-1]).sum())
-
 
 def _reduce(z, anchors, reduction, slope=_score_slope):
     anchors = list(anchors)
@@ -275,7 +270,6 @@ def _reduce(z, anchors, reduction, slope=_score_slope):
         return np.array([L.get(i, 0.0) for i in range(len(z))])
     return float(sum(L.values()) / max(1, len(L)))
 
-
 def _gradient(z, weights, slope):
     """d( sum_ia g_ia s_ia )/dz = (G + G^T) z; the same for d_ia: a weight moves the anchor and its contrast."""
     z, grad = _rows(z), np.zeros(np.shape(z))
@@ -284,6 +278,11 @@ def _gradient(z, weights, slope):
         grad[a] += g_ia * slope(z[a], z[i])
     return grad
 
+def _two_gradients(z, contrast, anchors):
+    """(d/dz, d/dcontrast) of the mean of the anchors' L_i."""
+    anchors, M = list(anchors), len(z)
+    weights = [(i, M + a, g[a] / len(anchors)) for i, L_i, g in anchors for a in g]
+    return tuple(np.split(_gradient(np.vstack([z, contrast]), weights, _score_slope), [M]))
 
 def _rows(z, y=None, dims=(1,)):
     z = np.asarray(z, dtype=np.float64)
@@ -291,7 +290,6 @@ def _rows(z, y=None, dims=(1,)):
     fits = y is None or (np.ndim(y) in dims and len(y) == len(z))
     _require(fits, f"y must have a label for each of the {len(z)} rows of z, got {np.shape(y)}")
     return z
-
 
 def _require(condition, message):
     if not condition:

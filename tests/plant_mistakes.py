@@ -2,7 +2,7 @@
 
     python tests/plant_mistakes.py          a few minutes; exits 1 if a mistake is not caught or its text is not found
 
-One line a mistake: the first test of test_losses.py and the first of test_theory.py that fails.
+One line a mistake: the first test that fails of test_losses.py, of test_theory.py and of test_tiles.py.
 """
 import os
 import re
@@ -13,62 +13,43 @@ import tempfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-SUITES = ("tests/test_losses.py", "tests/test_theory.py")
+SUITES = ("tests/test_losses.py", "tests/test_theory.py", "tests/test_tiles.py")
 
 MISTAKES = [
-    (
-        "drop the 1/|P|",
-        "    w = _rows_to_one(p.to(s.dtype))\n    return w, torch.where(p, s - log_d, 0)",
-        "    w = p.to(s.dtype)\n    return w, torch.where(p, s - log_d, 0)",
-    ),
-    (
-        "keep self in A(i)",
-        "log_d = _log_sum_exp(s, p | n)",
-        "log_d = _log_sum_exp(s, p | n | ~_others(z))",
-    ),
+    ("drop the 1/|P|", "w, alone = w / total.clamp(min=torch.finfo(w.dtype).tiny), total == 0", "alone = total == 0"),
+    ("keep self in A(i)", "_Dense.apply(variant, a, b, _fill(w, own, 0), own)", "_Dense.apply(variant, a, b, _fill(w, own, 0), None)"),
     (
         "0/1 mask after the maximum",
-        "    return s.masked_fill(~members & some, -torch.inf).logsumexp(1, keepdim=True)",
-        "    top = s.detach().amax(1, keepdim=True)\n"
-        "    total = ((s - top).exp() * members).sum(1, keepdim=True).masked_fill(~some, 1)\n"
-        "    return (total.log() + top)",
+        "        log_p = _fill(_product(a, (a if b is None else b).T), excluded, -torch.inf).log_softmax(1)",
+        "        s = _product(a, (a if b is None else b).T)\n"
+        "        s = s - s.amax(1, keepdim=True)\n"
+        "        log_p = _fill(s - _fill(s.exp(), excluded, 0).sum(1, keepdim=True).log(), excluded, -torch.inf)",
     ),
-    (
-        "wrong sign of the contrasts' gradient",
-        "return z @ (z if other is None else _widen(other)).T",
-        "return z @ (2 * z.detach() - z if other is None else _widen(other)).T",
-    ),
-    (
-        "swap L_in and L_out",
-        "def nt_xent(z,",
-        "supcon_out, supcon_in = supcon_in, supcon_out\n\n\ndef nt_xent(z,",
-    ),
+    ("wrong sign of the contrasts' gradient", "_product(G + G.T, a)", "_product(G - G.T, a)"),
+    ("swap L_in and L_out", "def nt_xent(z,", "supcon_out, supcon_in = supcon_in, supcon_out\n\n\ndef nt_xent(z,"),
     (
         "forget log|P| in L_in",
-        "_log_sum_exp(log_ratio + torch.where(w > 0, w, 1).log(), w > 0)",
-        "_log_sum_exp(log_ratio, w > 0)",
+        "return -(w.log() + log_ratio).logsumexp(1)",
+        "return -log_ratio.masked_fill(w == 0, -torch.inf).logsumexp(1)",
     ),
-    (
-        "detach the contrasts",
-        "return z @ (z if other is None else _widen(other)).T",
-        "return z @ (z.detach() if other is None else _widen(other)).T",
-    ),
+    ("detach the contrasts", "_product(G + G.T, a)", "_product(G, a)"),
     (
         "last view off by one image",
         "return torch.arange(len(z) // views, device=z.device).repeat(views)",
         "image = torch.arange(len(z) // views, device=z.device)\n"
         "    return torch.cat([image.repeat(views - 1), image.roll(1)])",
     ),
-    (
-        "mean over all anchors",
-        "loss.sum() / valid.sum().clamp(min=1)",
-        "loss.sum() / max(len(loss), 1)",
-    ),
-    (
-        "tau missing in the numerator",
-        "torch.where(p, s - log_d, 0)",
-        "torch.where(p, s * tau - log_d, 0)",
-    ),
+    ("mean over all anchors", "loss.sum() / valid.sum().clamp(min=1)", "loss.sum() / max(len(loss), 1)"),
+    ("tau missing where it is a number", "math.sqrt(tau)", "1.0"),
+    ("tiles: self in A(i)", "None if own is None else own + i - j", "None"),
+    ("tiles: self in the sums of the classes", ".sub_(mine)", ".sub_(0 * mine)"),
+    ("tiles: the mirror's columns forgotten", "if mirror and I != J:", "if False:"),
+    ("tiles: the mirror's role forgotten", "c[k, I, None] + c[k, J] if twice else c[k, I, None]", "c[k, I, None]"),
+    ("tiles: the same at large scores", "w = w.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if twice else w", "pass"),
+    ("tiles: no maximum at large scores", "amax() < 40**2)", "amax() < 40**9)"),
+    ("tiles: a lone anchor's gradient", "g = g.masked_fill(alone, 0)", "pass"),
+    ("tiles: the mean's contrasts detached", "grad_b -= _positive_sums(", "_ = (a @ a[:1].T, "),
+    ("another set: its gradient in tiles", "grad_b[J].addmm_(w.T, a[I])", "grad_b[J].addmm_(w.T, a[I] if mirror else -a[I])"),
 ]
 
 
@@ -100,7 +81,7 @@ def main():
         if failure != "":
             sys.exit(f"{suite} fails without any mistake: {failure or 'it does not run'}")
     missed = 0
-    print("mistake | caught by, in test_losses.py | in test_theory.py")
+    print("mistake | caught by, in test_losses.py | in test_theory.py | in test_tiles.py")
     for name, old, new in MISTAKES:
         if right.count(old) != 1:
             caught = [f"TEXT FOUND {right.count(old)} TIMES"]

@@ -348,7 +348,7 @@ def test_module_multiplies_by_tau_over_base_temperature(b, base):
 @given(b=own.batches())
 def test_module_takes_the_mask_of_the_labels_for_the_labels(b):
     y, module = image_labels(b), losses.SupConLoss(b.tau)
-    assert torch.equal(module(features(b), y), module(features(b), mask=(y[:, None] == y).int()))
+    assert near(module(features(b), y), module(features(b), mask=(y[:, None] == y).int()), b)
 
 
 @given(b=own.batches())
@@ -574,4 +574,4 @@ def test_bad_arguments_raise_and_are_named(call, offender):
 
 
 def test_gathering_without_a_process_group_gives_the_rows_back():
-    assert losses.all_gather_rows(Z) is Z
+    assert torch.equal(losses.all_gather_rows(Z), Z)

@@ -117,41 +117,6 @@ def test_two_ranks_take_the_steps_of_one_process(loss, tmp_path):
     assert a == pytest.approx(b, rel=1e-10, abs=1e-10)
 
 
-UNEQUAL = '''
-import torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from losses import all_gather_rows, supcon_out
-dist.init_process_group("gloo")
-g = torch.Generator().manual_seed(0)
-x, y = torch.randn(7, 5, generator=g, dtype=torch.double), torch.tensor([0, 1, 0, 2, 1, 0, 1])  # the row of class 2 is alone
-torch.manual_seed(0)
-alone = torch.nn.Linear(5, 3).double()
-model = torch.nn.Linear(5, 3).double()
-model.load_state_dict(alone.state_dict())
-expected = supcon_out(alone(x), y)
-expected.backward()
-mine = [slice(0, 3), slice(3, 3), slice(3, 7)][dist.get_rank()]
-model = DistributedDataParallel(model)
-loss = supcon_out(all_gather_rows(model(x[mine])), all_gather_rows(y[mine]))
-loss.backward()
-torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-for ours, theirs in zip(model.parameters(), alone.parameters()):
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
-dist.barrier()
-del model
-dist.destroy_process_group()
-'''
-
-
-def test_gathered_rows_of_unequal_ranks_give_the_global_loss_and_gradient(tmp_path):
-    script = tmp_path / "unequal.py"
-    script.write_text(UNEQUAL)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    environment = ONE_THREAD | {"PYTHONPATH": str(PROJECT)}
-    done = subprocess.run([*torchrun, script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("loss", list(pretrain.RECIPES))
 def test_every_loss_trains_and_its_checkpoint_is_probed(loss, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

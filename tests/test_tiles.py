@@ -1,0 +1,313 @@
+"""The tiled forms of the losses: the oracle's values and gradients at any tile size, and what surrounds them.
+
+Tests that set the tiles' size do so below any batch here, so that every batch takes several tiles.
+"""
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import losses
+import reference_numpy as oracle
+import strategies as own
+from test_losses import CASES, EPS, ROUNDINGS, Case, actual, expected, expected_grads, grad_bound, leaves, rows_of, value_bound
+
+sizes = st.integers(1, 9)
+
+
+@contextlib.contextmanager
+def tiles_of(size):
+    """Tiles of `size` x `size` scores for every batch; None for the dense form."""
+    before = losses.TILE, losses.DENSE
+    losses.TILE, losses.DENSE = (size, 0) if size else (losses.TILE, 10**9)
+    try:
+        yield
+    finally:
+        losses.TILE, losses.DENSE = before
+
+
+def value_and_grads(case, b, size, dtype=torch.float64):
+    rows = leaves(case, b, dtype)
+    with tiles_of(size):
+        loss = actual(case, b, rows)
+        return loss, torch.autograd.grad(loss, rows)
+
+
+def overlaps(y):
+    """Whether each row's probabilities overlap with others' by more than a hundredth of its own: the sums of the
+    classes hold both, and lose as many digits as they differ in."""
+    if y.ndim == 1:
+        return True
+    w = y @ y.T
+    rest = w.sum(1) - w.diagonal()
+    return bool(((rest == 0) | (rest > 0.01 * w.diagonal())).all())
+
+
+TILED = {name: CASES[name] for name in [
+    "supcon_out", "supcon_out-lone-anchors", "supcon_out-probabilities",
+    "supcon_in", "supcon_in-lone-anchors", "supcon_in-probabilities", "nt_xent", "n_pair",
+]}
+every_tiled = pytest.mark.parametrize("case", TILED.values(), ids=TILED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@every_tiled
+@settings(max_examples=40)
+@given(data=st.data())
+def test_value_and_gradient_are_the_oracles_at_every_tile_size(case, dtype, data):
+    b = data.draw(case.batches)
+    b = b._replace(z=torch.tensor(b.z).to(dtype).double().numpy())
+    assume(overlaps(b.y))
+    value = expected(case, b)
+    loss, grads = value_and_grads(case, b, data.draw(sizes), dtype)
+    assert loss.dtype == dtype
+    assert abs(loss.item() - value) <= value_bound(value, case, b, EPS[dtype])
+    for grad, exact in zip(grads, expected_grads(case, b), strict=True):
+        assert np.abs(grad.double().numpy() - exact).max() <= grad_bound(case, b, EPS[dtype])
+
+
+@every_tiled
+@settings(max_examples=20)
+@given(data=st.data())
+def test_tiles_and_the_dense_form_agree_row_by_row(case, data):
+    b, size = data.draw(case.batches), data.draw(sizes)
+    assume(overlaps(b.y))
+    with tiles_of(size):
+        tiled = actual(case, b, leaves(case, b), reduction="none").detach().numpy()
+    with tiles_of(None):
+        dense = actual(case, b, leaves(case, b), reduction="none").detach().numpy()
+    assert (np.abs(tiled - dense) <= value_bound(dense, case, b, EPS[torch.float64])).all()
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+@pytest.mark.parametrize("variant", ["out", "in"])
+@settings(max_examples=60)
+@given(data=st.data())
+def test_anchors_against_another_set_are_the_oracles_with_gradients_on_both_sides(variant, soft, data):
+    b = data.draw(own.soft_batches() if soft else own.batches())
+    assume(overlaps(b.y))
+    N = len(b.z)
+    first = data.draw(st.integers(0, N - 1))
+    M = data.draw(st.integers(1, N - first))
+    place = data.draw(st.sampled_from([first, None]))
+    z, y = b.z[first : first + M], b.y[first : first + M]
+    exact = oracle.supcon_against(z, y, b.z, b.y, b.tau, own=place, variant=variant)
+    exact_grads = oracle.supcon_against_grad(z, y, b.z, b.y, b.tau, own=place, variant=variant)
+    case = Case("supcon_out")
+    rows = [torch.tensor(x.copy(), requires_grad=True) for x in (z, b.z)]
+    with tiles_of(data.draw(st.none() | sizes)):
+        loss = losses.supcon_against(rows[0], torch.tensor(y), rows[1], torch.tensor(b.y), b.tau, own=place, variant=variant)
+        grads = torch.autograd.grad(loss, rows)
+    assert abs(loss.item() - exact) <= value_bound(exact, case, b, EPS[torch.float64])
+    for grad, exact in zip(grads, exact_grads):
+        assert np.abs(grad.numpy() - exact).max() <= grad_bound(case, b, EPS[torch.float64])
+
+
+def test_a_batch_is_itself_as_the_contrast_set():
+    b = own.Batch(rows_of(20, 2, 5).numpy(), np.arange(40) % 20 % 3, 0.1, 2)
+    z, y = torch.tensor(b.z), torch.tensor(b.y)
+    for variant in ("out", "in"):
+        own_set = losses.supcon_against(z, y, z, y, b.tau, own=0, variant=variant)
+        torch.testing.assert_close(own_set, getattr(losses, f"supcon_{variant}")(z, y, b.tau))
+    torch.testing.assert_close(losses.supcon_sharded(z, y, b.tau), losses.supcon_out(z, y, b.tau))
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+@settings(max_examples=20)
+@given(b=own.batches(units=own.always), size=sizes)
+def test_the_module_goes_through_the_tiles(variant, b, size):
+    x, y = torch.tensor(b.z).unflatten(0, (b.views, -1)).transpose(0, 1), torch.tensor(b.y[: len(b.y) // b.views])
+    for mode in ("all", "one"):
+        module = losses.SupConLoss(b.tau, mode, variant=variant, base_temperature=None)
+        with tiles_of(size):
+            tiled = module(x, y)
+        with tiles_of(None):
+            dense = module(x, y)
+        assert abs(tiled - dense) <= value_bound(dense.item(), Case("supcon_out"), b, EPS[torch.float64])
+
+
+@pytest.mark.parametrize("rows", ["clustered", "collapsed", "random"])
+@pytest.mark.parametrize("tau", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_thousands_of_rows_in_float32_are_as_good_as_float32_can_be(variant, tau, rows):
+    """The tiles' own size, against float64; 3001 rows of 3 classes, so that sums run over a thousand rows."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(3001) % 3
+    centre = {"clustered": torch.eye(3, 8)[y], "collapsed": torch.eye(1, 8).expand(3001, 8), "random": 0}[rows]
+    z = nn.functional.normalize(centre + (1.0 if rows == "random" else 1e-3) * torch.randn(3001, 8, generator=g))
+    values, grads = [], []
+    for x in (z.double().requires_grad_(), z.clone().requires_grad_()):
+        loss = getattr(losses, f"supcon_{variant}")(x, y, tau)
+        values.append(loss.item())
+        grads.append(torch.autograd.grad(loss, x)[0].double())
+    assert abs(values[1] - values[0]) <= ROUNDINGS * EPS[torch.float32] * (abs(values[0]) + 1 / tau)
+    assert (grads[1] - grads[0]).abs().max() <= ROUNDINGS * EPS[torch.float32] * (1 + 1 / tau) / tau / 3001 * 4
+
+
+@every_tiled
+@settings(max_examples=10)
+@given(data=st.data())
+def test_a_row_of_nan_is_not_hidden_by_tiles(case, data):
+    b = data.draw(case.batches)
+    assume(expected(case, b) != 0)
+    z = b.z.copy()
+    z[:] = np.nan
+    with tiles_of(3):
+        assert actual(case, b._replace(z=z), leaves(case, b._replace(z=z))).isnan()
+
+
+# ---------------------------------------------------------------- surroundings: precision, compilation, second derivatives
+
+
+class Products(TorchDispatchMode):
+    """Notes under which precision and autocast each matrix product runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.matmul):
+            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            self.seen.append((*(b.fp32_precision for b in backends), torch.is_autocast_enabled("cpu")))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", [
+    lambda z, y: losses.supcon_out(z, y), lambda z, y: losses.supcon_in(z, y), lambda z, y: losses.triplet(z, y),
+    lambda z, y: losses.supcon_out(z, y, denominator="negatives"), lambda z, y: losses.hard_contrastive(z, 0.1, 2),
+], ids=["supcon_out", "supcon_in", "triplet", "negatives", "hard_contrastive"])
+def test_products_are_exact_whatever_the_surroundings_and_the_surroundings_stay(loss):
+    z, y = rows_of(8, 2, 4).float().requires_grad_(), torch.arange(16) % 8 % 3
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [b.fp32_precision for b in backends]
+    try:
+        torch.set_float32_matmul_precision("medium")
+        lowered = [b.fp32_precision for b in backends]
+        with Products() as products, torch.autocast("cpu", torch.bfloat16):
+            loss(z, y).backward()
+            assert [b.fp32_precision for b in backends] == lowered and torch.is_autocast_enabled("cpu")
+        assert len(products.seen) >= 2 and set(products.seen) == {("ieee", "ieee", False)}
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
+
+
+def test_tiles_restore_the_precision_they_found():
+    z, y = rows_of(8, 2, 4).float().requires_grad_(), torch.arange(16) % 8 % 3
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with tiles_of(3):
+            losses.supcon_out(z, y).backward()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("size", [None, 5], ids=["dense", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_trains_under_autocast_and_a_gradient_scaler(dtype, size):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(8, 4), torch.randn(24, 8), torch.arange(24) % 3
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    values = []
+    for _ in range(20):
+        with torch.autocast("cpu", dtype), tiles_of(size):
+            z = nn.functional.normalize(model(x), eps=1e-6)
+            loss = losses.supcon_out(z, y, 0.2)
+        assert loss.dtype == torch.float32
+        optimizer.zero_grad()
+        with tiles_of(size):
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        values.append(loss.item())
+    assert values[-1] < values[0] - 0.05
+
+
+COMPILED = {
+    "supcon_out": lambda z, y, tau: losses.supcon_out(z, y, tau),
+    "supcon_in": lambda z, y, tau: losses.supcon_in(z, y, tau),
+    "nt_xent": lambda z, y, tau: losses.nt_xent(z, tau),
+    "n_pair": lambda z, y, tau: losses.n_pair(z / tau, z.flip(0)),
+    "probabilities": lambda z, y, tau: losses.supcon_out(z, torch.eye(3, dtype=z.dtype)[y] * 0.8 + 0.1, tau),
+    "cap": lambda z, y, tau: losses.supcon_out(z, y, tau, positives_cap=2),
+    "one_positive": lambda z, y, tau: losses.supcon_out(z, y, tau, denominator="one_positive"),
+    "hard_contrastive": lambda z, y, tau: losses.hard_contrastive(z, tau, 3),
+    "against": lambda z, y, tau: losses.supcon_against(z[2:7], y[2:7], z, y, tau, own=2),
+    "module": lambda z, y, tau: losses.SupConLoss(0.1, "one")(z.unflatten(0, (2, -1)).transpose(0, 1) / tau, y[:8]),
+}
+
+
+@pytest.mark.parametrize("size", [None, 5], ids=["dense", "tiles"])
+@pytest.mark.parametrize("loss", COMPILED.values(), ids=COMPILED)
+def test_compiles_into_one_graph_with_the_same_value_and_gradients(loss, size):
+    def run(f):
+        z, tau = rows_of(8, 2, 16).requires_grad_(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        value = f(z, torch.arange(8).repeat(2) % 3, tau)
+        return value, *torch.autograd.grad(value, [z, tau])
+
+    torch._dynamo.reset()
+    with tiles_of(size):
+        torch.testing.assert_close(run(torch.compile(loss, fullgraph=True, backend="aot_eager")), run(loss))
+
+
+@pytest.mark.parametrize("size", [None, 5], ids=["dense", "tiles"])
+@pytest.mark.parametrize("loss", ["supcon_out", "supcon_in", "nt_xent"])
+def test_there_is_no_second_derivative_even_beside_a_first(loss, size):
+    z = rows_of(8, 2, 4).requires_grad_()
+    with tiles_of(size), pytest.raises(RuntimeError, match="second derivative"):
+        value = getattr(losses, loss)(z, *([] if loss == "nt_xent" else [torch.arange(16) % 8 % 3]))
+        penalty = torch.autograd.grad(value, z, create_graph=True)[0].square().sum()
+        (value + penalty).backward()
+
+
+@every_tiled
+@settings(max_examples=10)
+@given(data=st.data())
+def test_a_tensor_tau_learns_through_tiles(case, data):
+    if case.loss == "n_pair":
+        return
+    b = data.draw(case.batches)
+    b = b._replace(tau=max(b.tau, 0.1), z=b.z / own.MAX_NORM)
+    tau, h = torch.tensor(b.tau, dtype=torch.float64, requires_grad=True), 1e-5 * b.tau
+    with tiles_of(data.draw(sizes)):
+        grad = torch.autograd.grad(actual(case, b._replace(tau=tau), leaves(case, b)), tau)[0].item()
+    ahead, behind = (expected(case, b._replace(tau=b.tau + step)) for step in (h, -h))
+    assert grad == pytest.approx((ahead - behind) / (2 * h), abs=1e-6 / b.tau)
+
+
+def test_no_matrix_of_all_scores_is_kept_for_the_backward():
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    z, y = rows_of(200, 2, 8).requires_grad_(), torch.arange(400) % 200 % 3
+    for variant in ("out", "in"):
+        kept.clear()
+        with tiles_of(64), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            getattr(losses, f"supcon_{variant}")(z, y).backward()
+        assert 0 < sum(kept.values()) <= 10 * z.numel() * 8  # N x N would be 50
+
+
+BAD = {
+    "another width": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 4), torch.zeros(5)), {}, r"\(5, 4\)"),
+    "labels too few": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(4)), {}, r"\(4,\)"),
+    "labels and probabilities": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5, 2)), {}, r"\(5, 2\)"),
+    "own too far": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"own": 3}, r"\b3\b"),
+    "variant": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"variant": "up"}, "up"),
+}
+
+
+@pytest.mark.parametrize("arguments, options, offender", BAD.values(), ids=BAD)
+def test_bad_arguments_of_supcon_against_raise_and_are_named(arguments, options, offender):
+    with pytest.raises(ValueError, match=offender):
+        losses.supcon_against(*arguments, **options)
