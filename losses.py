@@ -86,14 +86,16 @@ def _supcon(variant, z, y, tau, denominator, positives_cap, views):
         log_ratio = torch.where(p, s - log_n, 0)
     else:
         log_ratio = torch.where(p, s - torch.logaddexp(s, log_n), 0)
-    return torch.where(p.any(1), _equation(variant, _rows_to_one(p.to(s.dtype)), log_ratio), 0), p.any(1)
+    loss, _ = _equation(variant, _rows_to_one(p.to(s.dtype)), log_ratio)
+    return torch.where(p.any(1), loss, 0), p.any(1)
 
 
 def _equation(variant, w, log_ratio):
-    """A eq. 2 and 3 for every row: w_ip is 1/|P(i)| for a positive and else 0, log_ratio_ip the log of its ratio."""
+    """L_i (A eq. 2 and 3) and X_ip (A eq. 5) of every row, from w_ip = 1/|P(i)|, 0 for no positive, and the log ratios."""
     if variant == "out":
-        return -(w * log_ratio).sum(1)
-    return -(w.log() + log_ratio).logsumexp(1)
+        return -(w * log_ratio).sum(1), w
+    weighed = _log(w) + log_ratio
+    return -weighed.logsumexp(1), weighed.softmax(1)
 
 
 def _cap_positives(p, cap, views):
@@ -121,12 +123,10 @@ class _Dense(torch.autograd.Function):
         total = w.sum(1, keepdim=True)
         w, alone = w / total.clamp(min=torch.finfo(w.dtype).tiny), total == 0
         P = log_p.exp()
-        loss = _equation(variant, w, _fill(log_p, excluded, 0))
-        X = w if variant == "out" else log_p.add_(w.log()).add_(loss[:, None]).exp_()
+        loss, X = _equation(variant, w, _fill(log_p, excluded, 0))
         ctx.save_for_backward(a, b, P.sub_(X).masked_fill_(alone, 0))
         alone = alone.squeeze(1)
         valid = ~alone
-        ctx.mark_non_differentiable(valid)
         return loss.masked_fill_(alone, 0), valid
 
     @staticmethod
@@ -249,7 +249,6 @@ class _Tiled(torch.autograd.Function):
         ctx.save_for_backward(a, b, y_a, y_b, lse, mean, weight, alone)
         ctx.variant, ctx.own, ctx.mirror = variant, own, mirror
         valid = ~alone
-        ctx.mark_non_differentiable(valid)
         return loss.masked_fill_(alone, 0), valid
 
     @staticmethod
@@ -268,22 +267,23 @@ class _Tiled(torch.autograd.Function):
         return None, grad_a, None, grad_b, None, None
 
 
-def _tiles(a, b, y_a, y_b, own, mirror):
+def _tiles(a, b, y_a, y_b, own, mirror, mild):
     """Yields (I, J, scores): a block of anchors, one of the contrast set, and their scores, -inf for j = own + i.
 
     With labels a second matrix of scores follows, those of P(i), -inf for the rest; with class probabilities, all
-    of them weighed by the probabilities' product. A mirror shows the tiles above the diagonal alone.
+    of them weighed by the probabilities' product. If mild, it is exp of each. A mirror shows the tiles above the
+    diagonal alone.
     """
     for i in range(0, len(a), TILE):
         for j in range(i if mirror else 0, len(b), TILE):
             I, J = slice(i, i + TILE), slice(j, j + TILE)
             s = _fill(a[I] @ b[J].T, None if own is None else own + i - j, -torch.inf)
+            s = s.exp_() if mild else s
             if y_a is None:
                 yield I, J, [s]
-            elif y_a.ndim == 2:
-                yield I, J, [s, s + (y_a[I] @ y_b[J].T).log()]
             else:
-                yield I, J, [s, s.masked_fill(y_a[I, None] != y_b[J], -torch.inf)]
+                w = y_a[I] @ y_b[J].T if y_a.ndim == 2 else (y_a[I, None] == y_b[J]).to(s.dtype)
+                yield I, J, [s, s * w if mild else s + _log(w)]
 
 
 def _mild(a, b):
@@ -291,24 +291,34 @@ def _mild(a, b):
     return min(len(a), len(b)) > 0 and bool(a.square().sum(1).amax() * b.square().sum(1).amax() < 40**2)
 
 
-# Each a node of its own in a compiled graph, where the tiles would unroll.
-@torch.library.custom_op("supcon::lse", mutates_args=())
+def _leaf(shape):
+    """Makes a function of tensors one node of a compiled graph, where tiles would unroll. `shape` makes its results."""
+
+    def wrap(f):
+        op = torch.library.custom_op(f"supcon::{f.__name__}", f, mutates_args=())
+        op.register_fake(shape)
+        return lambda *args: (op if torch.compiler.is_compiling() else f)(*args)
+
+    return wrap
+
+
+@_leaf(lambda a, b, y_a, *rest: a.new_empty(1 if y_a is None else 2, len(a)))
 def _lse(a: Tensor, b: Tensor, y_a: Optional[Tensor], y_b: Optional[Tensor], own: Optional[int], mirror: bool) -> Tensor:
     """log sum_j exp(s_ij) over A(i), and with labels over P(i) as well: (1 or 2, M); -inf where there is none."""
     mild = _mild(a, b)
     add = torch.add if mild else torch.logaddexp
     total = a.new_full((1 if y_a is None else 2, len(a)), 0 if mild else -torch.inf)
     with _full_precision(a.device):
-        for I, J, scores in _tiles(a, b, y_a, y_b, own, mirror):
+        for I, J, scores in _tiles(a, b, y_a, y_b, own, mirror, mild):
             for lse, s in zip(total, scores):
-                fold = s.exp_().sum if mild else s.logsumexp
+                fold = s.sum if mild else s.logsumexp
                 lse[I] = add(lse[I], fold(1))
                 if mirror and I != J:
                     lse[J] = add(lse[J], fold(0))
     return total.log_() if mild else total
 
 
-@torch.library.custom_op("supcon::lse_grad", mutates_args=())
+@_leaf(lambda a, b, *rest: (torch.empty_like(a), torch.empty_like(b)))
 def _lse_grad(
     a: Tensor, b: Tensor, y_a: Optional[Tensor], y_b: Optional[Tensor], own: Optional[int], mirror: bool, lse: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -318,21 +328,21 @@ def _lse_grad(
     c = g * (-lse).exp() if mild else None
     grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
     with _full_precision(a.device):
-        for I, J, scores in _tiles(a, b, y_a, y_b, own, mirror):
+        for I, J, scores in _tiles(a, b, y_a, y_b, own, mirror, mild):
             twice = mirror and I != J  # s_ij = s_ji: g_i softmax_i(s)_j and g_j softmax_j(s)_i at once
-            w = 0
             for k, s in enumerate(scores):
                 if mild:
-                    w = s.exp_().mul_(c[k, I, None] + c[k, J] if twice else c[k, I, None]).add_(w)
+                    part = s.mul_(c[k, I, None] + c[k, J] if twice else c[k, I, None])
                 else:
-                    w = (s - lse[k, I, None]).exp_().mul_(g[k, I, None]).add_(w)
-                    w = w.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if twice else w
+                    part = (s - lse[k, I, None]).exp_().mul_(g[k, I, None])
+                    part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if twice else part
+                w = part if k == 0 else w.add_(part)
             grad_a[I].addmm_(w, b[J])
             grad_b[J].addmm_(w.T, a[I])
     return grad_a, grad_b
 
 
-@torch.library.custom_op("supcon::positive_sums", mutates_args=())
+@_leaf(lambda x, y_x, y, own: x.new_empty(len(y), x.shape[1]))
 def _positive_sums(x: Tensor, y_x: Tensor, y: Tensor, own: Optional[int]) -> Tensor:
     """Row i: the sum of w_ij x_j over all rows but its own; w_ij is 1 for one label, or the probabilities' product.
 
@@ -352,35 +362,27 @@ def _positive_sums(x: Tensor, y_x: Tensor, y: Tensor, own: Optional[int]) -> Ten
     return sums.to(x.dtype)
 
 
-@torch.library.custom_op("supcon::product", mutates_args=())
-def _compiled_product(a: Tensor, b: Tensor) -> Tensor:
-    return _exact_product(a, b)
-
-
-_lse.register_fake(lambda a, b, y_a, *rest: a.new_empty(1 if y_a is None else 2, len(a)))
-_lse_grad.register_fake(lambda a, b, *rest: (torch.empty_like(a), torch.empty_like(b)))
-_positive_sums.register_fake(lambda x, y_x, y, own: x.new_empty(len(y), x.shape[1]))
-_compiled_product.register_fake(lambda a, b: a.new_empty(len(a), b.shape[1]))
-
-
-def _product(a, b):
-    return (_compiled_product if torch.compiler.is_compiling() else _exact_product)(a, b)
-
-
-def _exact_product(a, b):
+@_leaf(lambda a, b: a.new_empty(len(a), b.shape[1]))
+def _product(a: Tensor, b: Tensor) -> Tensor:
     with _full_precision(a.device):
         return a @ b
 
 
-@contextlib.contextmanager
 def _full_precision(device):
-    """No autocast, no TF32, no bfloat16 products on a CPU, whatever the surroundings say."""
+    """A context without autocast, TF32 and bfloat16 products on a CPU, whatever the surroundings say."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     lowered = [(backend, backend.fp32_precision) for backend in backends if backend.fp32_precision not in ("ieee", "none")]
+    if lowered or torch.is_autocast_enabled(device.type):
+        return _raised_precision(device, lowered)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _raised_precision(device, lowered):
     try:
         for backend, _ in lowered:
             backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext():
+        with torch.autocast(device.type, enabled=False):
             yield
     finally:
         for backend, precision in lowered:
@@ -667,6 +669,11 @@ def _nearest_negatives(s, n, k):
     return n & torch.zeros_like(n).scatter(1, top, True)
 
 
+def _log(w):
+    """log w, -inf for 0 (which log itself is slow at)."""
+    return w.clamp(min=torch.finfo(w.dtype).tiny).log().masked_fill(w == 0, -torch.inf)
+
+
 def _rows_to_one(w):
     """Weights of each row divided by their sum; a row of zeros stays zero."""
     return w / w.sum(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
@@ -674,7 +681,7 @@ def _rows_to_one(w):
 
 def _reduce(loss, valid, reduction):
     _check_word("reduction", reduction, ("mean", "none"))
-    return loss if reduction == "none" else loss.sum() / valid.sum().clamp(min=1)
+    return loss if reduction == "none" else loss.sum() / valid.sum().clamp_(min=1)
 
 
 def _check(z, y=None, *, tau=1.0, views=1, probabilities=False):
