@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain import DATASETS, Refused, bfloat16_is_fast, build_encoder, choose_device, features, load_checkpoint, load_data, run_command
+from images import DATASETS, Refused, load_data
+from pretrain import bfloat16_is_fast, build_encoder, choose_device, features, load_checkpoint, run_command
 
 
 class Frozen(NamedTuple):

@@ -12,6 +12,7 @@ Data order and views depend on (seed, epoch, position in the global batch) alone
 and not on whether the run was interrupted.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -19,13 +20,11 @@ import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import click
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,276 +33,11 @@ from click.core import ParameterSource
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.transforms.v2 import functional as TF
 
 import losses
-
-
-class Refused(click.ClickException):
-    """Something the user can put right: one line, exit status 2."""
-
-    exit_code = 2
-
-
-# ---------------------------------------------------------------- data: uint8 images, square, in memory
-
-
-class Data(NamedTuple):
-    images: torch.Tensor  # (n, 3, H, W) uint8
-    labels: torch.Tensor  # (n,) int64
-    classes: list  # names
-
-
-DATASETS = ("cifar10", "cifar100", "svhn", "fashionmnist", "folder", "shapes")
-MEAN_STD = {  # the reference code's; every other data set is measured
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-}
-
-
-def load_data(dataset, root, train, *, size=None, download=True):
-    """The training or test set as Data, resized to `size` where given. Raises Refused where it cannot be had."""
-    if dataset == "shapes":
-        return shapes(10_000 if train else 2_000, size or 32, seed=int(train))
-    if dataset == "folder":
-        return load_folder(root, train, size or 32)
-    sets = torchvision.datasets
-    try:
-        if dataset == "svhn":
-            d = sets.SVHN(root, split="train" if train else "test", download=download)
-            images, labels, classes = torch.from_numpy(d.data), d.labels, [str(c) for c in range(10)]
-        elif dataset == "fashionmnist":
-            d = sets.FashionMNIST(root, train=train, download=download)
-            images, labels, classes = d.data[:, None].expand(-1, 3, -1, -1), d.targets, d.classes
-        else:
-            d = (sets.CIFAR10 if dataset == "cifar10" else sets.CIFAR100)(root, train=train, download=download)
-            images, labels, classes = torch.from_numpy(d.data).permute(0, 3, 1, 2), d.targets, d.classes
-    except ModuleNotFoundError as e:
-        raise Refused(f"--dataset {dataset} needs the package {e.name}: pip install {e.name}") from e
-    except (RuntimeError, OSError) as e:
-        way = "put its files there by hand" if download else "let --download fetch it, or put its files there"
-        reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
-        raise Refused(f"--dataset {dataset} is not in --data {root} ({reason}): {way}") from e
-    images, labels = images.contiguous(), torch.as_tensor(np.asarray(labels), dtype=torch.long)
-    return Data(resize(images, size) if size else images, labels, list(classes))
-
-
-def load_folder(root, train, size):
-    """torchvision's ImageFolder over root/train, or root/test or root/val; shuffled once, by a fixed seed."""
-    names = ["train"] if train else ["test", "val"]
-    found = [Path(root, name) for name in names if Path(root, name).is_dir()]
-    if not found:
-        raise Refused(f"--data {root} has no folder {' or '.join(names)}: --dataset folder wants DIR/train/CLASS/*.jpg")
-    try:
-        folder = torchvision.datasets.ImageFolder(found[0])
-    except FileNotFoundError as e:
-        raise Refused(f"--data {found[0]}: {str(e).splitlines()[0]}") from e
-
-    def load(sample):
-        path, label = sample
-        try:
-            image = folder.loader(path)  # RGB, whatever the file holds
-        except OSError as e:
-            raise Refused(f"{path} is not a readable image: mend or remove it") from e
-        return TF.pil_to_tensor(TF.center_crop(TF.resize(image, size, antialias=True), size)), label
-
-    n = len(folder.samples)
-    images, labels = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, dtype=torch.long)
-    order = torch.randperm(n, generator=generator(0)).tolist()
-    with ThreadPoolExecutor() as pool:
-        for row, (image, label) in enumerate(pool.map(load, (folder.samples[i] for i in order))):
-            images[row], labels[row] = image, label
-    return Data(images, labels, folder.classes)
-
-
-def mean_and_std(dataset, images):
-    """Of each channel, for images in [0, 1]."""
-    if dataset in MEAN_STD:
-        return [torch.tensor(v) for v in MEAN_STD[dataset]]
-    pixels = images[:10_000].float().div(255).transpose(0, 1).flatten(1)
-    return pixels.mean(1), pixels.std(1).clamp(min=1e-3)
-
-
-def resize(images, size):
-    if images.shape[-1] == size:
-        return images
-    return torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
-
-
-def shapes(n, size, seed):
-    """Ten classes: five shapes, plain or striped, with random place, scale, angle, colours, background and noise."""
-    g = generator(seed)
-    uniform = uniform_from(g, n)
-    labels = torch.randint(10, (n,), generator=g)
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in (-1, 1)
-    angle, scale = uniform(-0.5, 0.5, 1, 1), uniform(0.5, 0.85, 1, 1)
-    x, y = axis[None, None] - uniform(-0.25, 0.25, 1, 1), axis[None, :, None] - uniform(-0.25, 0.25, 1, 1)
-    u = (x * angle.cos() + y * angle.sin()) / scale
-    v = (y * angle.cos() - x * angle.sin()) / scale
-    radius, turn = (u**2 + v**2).sqrt(), torch.atan2(v, u)
-    edges = {  # below zero inside the shape
-        "disc": radius - 0.9,
-        "square": torch.maximum(u.abs(), v.abs()) - 0.8,
-        "triangle": torch.maximum(v - 0.5, u.abs() * 0.866 - v * 0.5 - 0.5),
-        "cross": torch.minimum(torch.maximum(u.abs() - 1, v.abs() - 0.3), torch.maximum(u.abs() - 0.3, v.abs() - 1)),
-        "star": radius - 0.65 - 0.35 * (5 * turn).cos(),
-    }
-    edge = torch.stack(list(edges.values()), 1)[torch.arange(n), labels // 2]
-    inside = torch.sigmoid(-edge * scale * size / 1.5)[:, None]
-    stripes = torch.sigmoid(8 * (uniform(7, 11, 1, 1) * u + uniform(0, 6.28, 1, 1)).sin())
-    stripes = (stripes * (labels % 2)[:, None, None])[:, None]
-
-    background, other, second = (uniform(0, 0.5, 3, 1, 1) for _ in range(3))  # dark, the ink light, or all inverted
-    ink = uniform(0.5, 1, 3, 1, 1)
-    clouds = F.interpolate(uniform(0, 1, 1, 4, 4), size=(size, size), mode="bicubic").clamp(0, 1)
-    picture = background + 0.5 * clouds * (other - background)
-    picture = picture + inside * (ink + stripes * (second - ink) - picture)
-    picture = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, picture, 1 - picture)
-    picture = picture + uniform(0.02, 0.1, 1, 1, 1) * torch.randn(n, 3, size, size, generator=g)
-    names = [f"{texture} {shape}" for shape in edges for texture in ("plain", "striped")]
-    return Data((picture.clamp(0, 1) * 255).round().to(torch.uint8), labels, names)
-
-
-# ---------------------------------------------------------------- views: a whole batch at once, parameters per image
-
-
-class ViewParameters(NamedTuple):
-    box: torch.Tensor  # (n, 4) top, left, height, width of the crop, in pixels
-    flip: torch.Tensor  # (n,) bool
-    jitter: torch.Tensor  # (n, 4) brightness, contrast, saturation factors and hue shift; (1, 1, 1, 0) does nothing
-    gray: torch.Tensor  # (n,) bool
-    order: list  # of the four jitters, one for the batch
-
-
-def draw_view(n, size, augment, g):
-    """Parameters of one view of n images: SimCLR's distributions at the reference code's strengths.
-
-    Crop of (0.2, 1) of the area at aspect (3/4, 4/3), flip; "sim" adds colour jitter (0.4, 0.4, 0.4, 0.1) with
-    probability 0.8 and grey with 0.2. "none" leaves the images as they are.
-    """
-    uniform = uniform_from(g, n)
-    area = uniform(0.2, 1, 10) * size**2  # ten tries, as in torchvision; then the whole image
-    ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
-    sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 2).round()  # (n, 10, 2) height, width
-    fits = ((sides > 0) & (sides <= size)).all(2)
-    sides = sides[torch.arange(n), fits.int().argmax(1)]
-    sides = torch.where(fits.any(1, keepdim=True), sides, size)
-    corner = (uniform(0, 1, 2) * (size - sides + 1)).floor().clamp(max=size - sides)
-    box = torch.cat([corner, sides], 1)
-    flip = uniform(0, 1) < 0.5
-    jitter = torch.cat([uniform(0.6, 1.4, 3), uniform(-0.1, 0.1, 1)], 1)
-    jitter[uniform(0, 1) >= 0.8] = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    gray = uniform(0, 1) < 0.2
-    order = torch.randperm(4, generator=g).tolist()
-    if augment == "none":
-        box, flip = torch.tensor([0.0, 0.0, size, size]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
-    if augment != "sim":
-        order, gray = [], torch.zeros(n, dtype=torch.bool)
-    return ViewParameters(box, flip, jitter, gray, order)
-
-
-def make_view(images, view, mean, std):
-    """images (n, 3, H, H) uint8 -> (n, 3, H, H) float32: cropped, flipped, jittered, greyed, normalised."""
-    x = crop_and_flip(images.float() / 255, view.box, view.flip)
-    jitters = (brightness, contrast, saturation, hue)
-    for j in view.order:
-        x = jitters[j](x, view.jitter[:, j, None, None, None])
-    if view.order:
-        x = torch.where(view.gray[:, None, None, None], luma(x), x)
-    return normalize(x, mean, std)
-
-
-def normalize(x, mean, std):
-    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-
-
-def crop_and_flip(x, box, flip):
-    """Each image's box, resized back to the image's size: a matrix for the rows and one for the columns."""
-    top, left, height, width = box.T
-    rows = resize_matrix(top, height, x.shape[2])
-    columns = resize_matrix(left, width, x.shape[3])
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    return rows[:, None] @ (x @ columns[:, None].mT)
-
-
-def resize_matrix(start, length, size):
-    """(n, size, size): output pixel o of image i as weights of the pixels in [start_i, start_i + length_i).
-
-    The triangle filter of torchvision's antialiased bilinear resize, cut off at the edges of the crop.
-    """
-    pixel = torch.arange(size, device=start.device, dtype=start.dtype)
-    start, length = start[:, None, None], length[:, None, None]
-    step = length / size
-    centre = start + (pixel[:, None] + 0.5) * step - 0.5
-    w = (1 - (pixel - centre).abs() / step.clamp(min=1)).clamp(min=0)
-    w = w * ((pixel >= start) & (pixel < start + length))
-    return w / w.sum(2, keepdim=True)
-
-
-def luma(x):
-    """Rec. 601 grey, as torchvision's rgb_to_grayscale: (n, 1, H, W)."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-
-
-def blend(x, other, factor):
-    return torch.lerp(other.expand_as(x), x, factor).clamp(0, 1)
-
-
-def brightness(x, factor):
-    return (x * factor).clamp(0, 1)
-
-
-def contrast(x, factor):
-    return blend(x, luma(x).mean((2, 3), keepdim=True), factor)
-
-
-def saturation(x, factor):
-    return blend(x, luma(x), factor)
-
-
-def hue(x, shift):
-    """Turns the hue by `shift` of a full circle (RGB to HSV and back, Smith 1978)."""
-    value, low = x.amax(1), x.amin(1)
-    chroma = value - low
-    r, g, b = x.unbind(1)
-    safe = chroma.clamp(min=1e-12)
-    sector = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    sector = sector + 6 * shift.squeeze(1)
-    k = (torch.stack([sector + 5, sector + 3, sector + 1], 1)) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-# ---------------------------------------------------------------- order of the images
-
-
-def generator(*key):
-    """A torch generator whose stream belongs to the key (seed, epoch, step, ...) alone."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def uniform_from(g, n):
-    """A function uniform(low, high, *shape) that draws (n, *shape) numbers from g."""
-    return lambda low, high, *shape: torch.rand(n, *shape, generator=g) * (high - low) + low
-
-
-def shuffled(labels, g):
-    return torch.randperm(len(labels), generator=g)
-
-
-def shuffled_pairs(labels, g):
-    """Rows 2j and 2j + 1 show two images of one class; the pairs go round the classes, so that any C pairs in a row
-    show C classes, as Sohn's batches do. Small classes recur."""
-    members = [m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels)]
-    pairs = [m[: len(m) // 2 * 2].view(-1, 2) for m in members]
-    count = max(math.ceil(len(labels) / (2 * len(pairs))), *map(len, pairs))
-    rounds = torch.stack([p[torch.arange(count) % len(p)] for p in pairs], 1)  # (count, C, 2)
-    return rounds[:, torch.randperm(len(pairs), generator=g)].flatten()[: len(labels)]
-
-
-def images_of_classes(labels):
-    return [torch.nonzero(labels == c).squeeze(1) for c in labels.unique()]
-
+from images import (
+    DATASETS, Data, Refused, ViewParameters, draw_view, generator, load_data, make_view, mean_and_std, normalize, shuffled, shuffled_pairs,
+)  # fmt: skip
 
 # ---------------------------------------------------------------- encoder, projection head, classifier head
 
@@ -620,6 +354,8 @@ def complete(config, data, world):
         (config.ce_detach and not config.ce_weight, "--ce-detach needs a classifier: give --ce-weight as well"),
         (config.nesterov and not config.momentum, "--nesterov needs a --momentum above 0"),
         (config.batch % world, f"--batch {config.batch} is not a multiple of the {world} ranks: choose one that is"),
+        (config.batch // world % (config.micro_batch or 1), f"--micro-batch {config.micro_batch} does not divide the {config.batch // world} images of a rank: choose one that does"),
+        (config.sync_bn and (world == 1 or not config.device.startswith("cuda")), "--sync-bn needs several GPUs: leave it out"),
     ]
     for wrong, why in refusals:
         if wrong:
@@ -648,7 +384,9 @@ def train(config, resume=None):
     data, test = load_on_every_rank(config)
     complete(config, data, world)
     run, share, V = Path(config.run), config.batch // world, config.views
-    mine = slice(rank * share, (rank + 1) * share)
+    mine = slice(rank * share, (rank + 1) * share)  # of the global batch
+    M = config.micro_batch or share
+    parts = [slice(i, i + M) for i in range(mine.start, mine.stop, M)]
     steps_per_epoch = len(data.labels) // config.batch
     total = config.epochs * steps_per_epoch
 
@@ -667,6 +405,10 @@ def train(config, resume=None):
         optimizer.load_state_dict(resume["optimizer"])
         torch.set_rng_state(resume["rng"])
         step, seconds = resume["step"], resume["seconds"]
+    if config.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.compile:
+        model.encoder.compile()
     parallel = DistributedDataParallel(model) if world > 1 else model
 
     log = None
@@ -683,16 +425,24 @@ def train(config, resume=None):
         if position == 0 or not losses_of_epoch:
             order = (shuffled_pairs if config.loss == "n-pair" else shuffled)(data.labels, generator(config.seed, 0, epoch))
         rows = order[position * config.batch : (position + 1) * config.batch].to(device)  # of the global batch
-        views = []
-        for v in range(V):
-            draw = draw_view(config.batch, config.size, config.augment, generator(config.seed, 1, epoch, position, v))
-            views.append(make_view(images[rows[mine]], own_rows(draw, mine, device), mean, std))
+        draws = [draw_view(config.batch, config.size, config.augment, generator(config.seed, 1, epoch, position, v)) for v in range(V)]
+
+        def views_of(part):
+            made = [make_view(images[rows[part]], part_of(draw, part, device), mean, std) for draw in draws]
+            return torch.cat(made).contiguous(memory_format=torch.channels_last)
+
+        def loss_of(z, logits):
+            return total_loss(config, z, logits, labels[rows[mine]], torch.arange(mine.start, mine.stop, device=device))
+
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, steps_per_epoch)
-        z, logits = parallel(torch.cat(views).contiguous(memory_format=torch.channels_last))
-        loss = total_loss(config, z, logits, labels[rows[mine]], torch.arange(config.batch, device=device)[mine])
         optimizer.zero_grad()
-        loss.backward()
+        if len(parts) == 1:
+            z, logits = parallel(views_of(mine))
+            loss = loss_of(z, logits)
+            loss.backward()
+        else:
+            loss, z = cached_gradients(model, parallel, parts, views_of, loss_of, V)
         optimizer.step()
         step += 1
         losses_of_epoch.append(loss.detach())
@@ -738,9 +488,47 @@ def train(config, resume=None):
     return entry
 
 
-def own_rows(view, mine, device):
-    """A rank's part of the global batch's view parameters."""
-    return ViewParameters(*(p[mine].to(device) for p in view[:-1]), view.order)
+def part_of(view, part, device):
+    """A part of the global batch's view parameters."""
+    return ViewParameters(*(p[part].to(device) for p in view[:-1]), view.order)
+
+
+def cached_gradients(model, parallel, parts, views_of, loss_of, views):
+    """(loss, z) of a batch that does not fit into memory at once, with the gradients of its parameters.
+
+    Gradient caching (Gao et al. 2021): encode all parts without a graph; take the loss and dL/dz on all rows; encode
+    each part again, with a graph, and push its dL/dz through. Batch norm sees a part at a time.
+    """
+
+    def cut(rows):
+        return [part.flatten(0, 1) for part in rows.unflatten(0, (views, -1)).split(parts[0].stop - parts[0].start, 1)]
+
+    def join(rows):  # parts (V m, ...), view by view, to (V n_r, ...), view by view
+        return torch.cat([part.unflatten(0, (views, -1)) for part in rows], 1).flatten(0, 1).requires_grad_()
+
+    with torch.no_grad(), still_statistics(model):
+        z, logits = zip(*(model(views_of(part)) for part in parts))
+    outputs = [join(z)] + ([] if logits[0] is None else [join(logits)])
+    loss = loss_of(outputs[0], outputs[1] if len(outputs) > 1 else None)
+    grads = [grad if grad is None else cut(grad) for grad in torch.autograd.grad(loss, outputs, allow_unused=True)]
+    for k, part in enumerate(parts):
+        with contextlib.nullcontext() if part is parts[-1] or parallel is model else parallel.no_sync():
+            again = [(rows, grad[k]) for rows, grad in zip(parallel(views_of(part)), grads) if grad is not None]
+            torch.autograd.backward(*zip(*again))
+    return loss.detach(), outputs[0].detach()
+
+
+@contextlib.contextmanager
+def still_statistics(model):
+    """Batch norm's running statistics stay as they are: of two passes over a batch only one may move them."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def diagnose(model, z, views, data, test, mean, std):
@@ -810,7 +598,7 @@ def announce(say, config, data, test, model, autocast, collapse, floor, world):
 POSITIVE, NOT_NEGATIVE = click.FloatRange(min=0, min_open=True), click.FloatRange(min=0)
 COUNT = click.IntRange(min=1)
 ARCHS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet200")
-MAY_CHANGE = {"epochs", "data", "download", "device", "log_every"}  # on --resume
+MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "micro_batch", "compile"}  # on --resume
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -835,6 +623,7 @@ MAY_CHANGE = {"epochs", "data", "download", "device", "log_every"}  # on --resum
 @click.option("--proj-hidden", type=COUNT, show_default="the encoder's", help="Width of its hidden layers.")
 @click.option("--proj-dim", type=COUNT, default=128, help="Width of z.")
 @click.option("--batch", type=click.IntRange(min=2), show_default="64 for shapes, else 1024", help="Images in a step, over all ranks.")
+@click.option("--micro-batch", type=COUNT, help="Images encoded at a time, on a rank; gradients as of the whole batch.")
 @click.option("--epochs", type=COUNT, show_default="12 for shapes, else 1000", help="Passes over the data.")
 @click.option("--lr", type=POSITIVE, show_default="0.5 per 1024 images; ce 0.8, n-pair 0.1", help="Peak learning rate, absolute.")
 @click.option("--schedule", type=click.Choice(["cosine", "step", "constant"]), default="cosine", help="cosine to lr/1000; step: x0.1 at 70, 80, 90 %.")
@@ -848,6 +637,8 @@ MAY_CHANGE = {"epochs", "data", "download", "device", "log_every"}  # on --resum
 @click.option("--resume", metavar="RUN", help="Go on with the run in this folder; --epochs may extend it.")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32", "float64"]), default="auto", help="auto: bfloat16 autocast where the hardware has it.")
+@click.option("--sync-bn", is_flag=True, help="Batch norm over all ranks (on GPUs).")
+@click.option("--compile", is_flag=True, help="torch.compile the encoder.")
 @click.option("--log-every", type=COUNT, default=10, help="Steps between log entries.")
 @click.pass_context
 def main(context, resume, **options):
@@ -860,7 +651,7 @@ def main(context, resume, **options):
         if changed:
             names = ", ".join("--" + k.replace("_", "-") for k in sorted(changed))
             raise Refused(f"--resume keeps the run's recipe: leave out {names}, or start a new run")
-        options = contents["config"] | {k: options[k] for k in given & MAY_CHANGE} | {"run": str(Path(resume))}
+        options = options | contents["config"] | {k: options[k] for k in given & MAY_CHANGE} | {"run": str(Path(resume))}
     config = SimpleNamespace(**options)
     light = config.dataset == "shapes"
     config.arch = config.arch or ("small" if light else "resnet50")

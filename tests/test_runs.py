@@ -12,6 +12,7 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 import linear_probe
+import images
 import pretrain
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -97,24 +98,34 @@ pretrain.run_command(pretrain.main)
 '''
 
 
+@pytest.mark.parametrize("ranks, other", [(2, []), (1, ["--micro-batch", "4"]), (2, ["--micro-batch", "2"])], ids=["ranks", "parts", "both"])
 @pytest.mark.parametrize("loss", [
     ["--loss", "supcon", "--ce-weight", "0.3"],
     ["--loss", "n-pair", "--lr", "0.001"],
     ["--loss", "triplet", "--mining", "hard"],
-])
-def test_two_ranks_take_the_steps_of_one_process(loss, tmp_path):
+    ["--loss", "simclr"],
+    ["--loss", "ce"],
+], ids=lambda loss: loss[1])
+def test_ranks_and_parts_take_the_steps_of_one_process(loss, ranks, other, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     options = [*SMALL, "--limit", "64", "--batch", "16", "--epochs", "2", "--precision", "float64", "--lr", "0.01", *loss]
     environment = {"env": ONE_THREAD | {"PYTHONPATH": str(PROJECT)}, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
     one = subprocess.run([sys.executable, script, *options, "--run-dir", "one"], **environment)
     assert one.returncode == 0, one.stderr
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = subprocess.run([*torchrun, script, *options, "--run-dir", "two"], **environment)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    two = subprocess.run([*torchrun, script, *options, *other, "--run-dir", "two"], **environment)
     assert two.returncode == 0, two.stderr
     a, b = ([line["loss"] for line in log_of(tmp_path / run) if "loss" in line] for run in ("one", "two"))
     assert len(a) == 8 and len(set(a)) == 8
     assert a == pytest.approx(b, rel=1e-10, abs=1e-10)
+
+
+def test_of_the_two_passes_over_a_part_one_moves_the_running_statistics(tmp_path):
+    run = tmp_path / "run"
+    pretrain.main([*SMALL, "--epochs", "1", "--micro-batch", "10", "--run-dir", str(run)], standalone_mode=False)
+    encoder = checkpoint_of(run)["encoder"]
+    assert {int(v) for k, v in encoder.items() if k.endswith("num_batches_tracked")} == {4 * 5}
 
 
 @pytest.mark.parametrize("loss", list(pretrain.RECIPES))
@@ -146,7 +157,7 @@ def test_the_saved_classifier_gives_the_reported_accuracy(trained):
     result = linear_probe.main([str(trained / "ckpt.pt"), "--limit", "300", "--epochs", "3"], standalone_mode=False)
     saved = torch.load(trained / "classifier.pt", weights_only=True)
     frozen = linear_probe.load_encoder(trained / "ckpt.pt", torch.device("cpu"))
-    test = pretrain.load_data("shapes", None, False, size=16)
+    test = images.load_data("shapes", None, False, size=16)
     r = pretrain.features(frozen.encoder, test.images, frozen.mean, frozen.std, frozen.autocast)
     scores = r @ saved["weight"].T + saved["bias"]
     assert linear_probe.topk(scores, test.labels, 1) == pytest.approx(result["top1"], abs=0.11)
@@ -225,6 +236,9 @@ BAD = [
     (["--proj-hidden", "0"], "--proj-hidden"),
     (["--proj-dim", "0"], "--proj-dim"),
     (["--schedule", "linear"], "--schedule"),
+    (["--micro-batch", "0"], "--micro-batch"),
+    (["--micro-batch", "7"], "--micro-batch 7 does not divide the 50"),
+    (["--sync-bn"], "--sync-bn needs several GPUs"),
     (["--warmup", "4"], "--warmup 4.0 must be shorter than --epochs 4"),
     (["--warmup", "-1"], "--warmup"),
     (["--warmup-from", "-1"], "--warmup-from"),
@@ -281,7 +295,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_pat
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"format": "supcon-pretrain-1", "config": Mischief()}, tmp_path / "ckpt.pt")
-    with pytest.raises(pretrain.Refused):
+    with pytest.raises(images.Refused):
         pretrain.load_checkpoint(tmp_path / "ckpt.pt")
     assert not (tmp_path / "ran").exists()
 

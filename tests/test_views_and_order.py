@@ -1,28 +1,29 @@
-"""Views, data order, schedule, data sets and marks of pretrain.py, against torchvision and by hand."""
+"""images.py, and the schedule and marks of pretrain.py, against torchvision and by hand."""
 import math
 
 import pytest
 import torch
 import torchvision
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 from types import SimpleNamespace
 
+import images
 import pretrain
 
 SEEDS = st.integers(0, 10**6)
 
 
 def pictures(seed, n=6, size=17):
-    return torch.rand(n, 3, size, size, generator=pretrain.generator(seed))
+    return torch.rand(n, 3, size, size, generator=images.generator(seed))
 
 
 @given(SEEDS, st.sampled_from([8, 17, 32]))
 def test_each_crop_is_torchvisions_resized_crop_of_the_same_box(seed, size):
     x = pictures(seed, size=size)
-    view = pretrain.draw_view(6, size, "crop", pretrain.generator(seed, 1))
-    ours = pretrain.crop_and_flip(x, view.box, view.flip)
+    view = images.draw_view(6, size, "crop", images.generator(seed, 1))
+    ours = images.crop_and_flip(x, view.box, view.flip)
     for image, box, flip, got in zip(x, view.box.int().tolist(), view.flip, ours):
         expected = TF.resized_crop(image, *box, [size, size], antialias=True)
         expected = TF.horizontal_flip(expected) if flip else expected
@@ -32,64 +33,81 @@ def test_each_crop_is_torchvisions_resized_crop_of_the_same_box(seed, size):
 @given(SEEDS, st.integers(5, 40), st.integers(5, 40))
 def test_shrinking_and_stretching_are_torchvisions_antialiased_resize(seed, height, width):
     x = pictures(seed, n=1, size=40)
-    got = pretrain.crop_and_flip(x, torch.tensor([[0.0, 0.0, height, width]]), torch.tensor([False]))
+    got = images.crop_and_flip(x, torch.tensor([[0.0, 0.0, height, width]]), torch.tensor([False]))
     assert torch.allclose(got, TF.resize(x[:, :, :height, :width], [40, 40], antialias=True), atol=1e-5)
 
 
 @pytest.mark.parametrize("ours, theirs, factors", [
-    (pretrain.brightness, TF.adjust_brightness, (0.6, 1.4)),
-    (pretrain.contrast, TF.adjust_contrast, (0.6, 1.4)),
-    (pretrain.saturation, TF.adjust_saturation, (0.6, 1.4)),
-    (pretrain.hue, TF.adjust_hue, (-0.5, 0.5)),
+    (images.brightness, TF.adjust_brightness, (0.6, 1.4)),
+    (images.contrast, TF.adjust_contrast, (0.6, 1.4)),
+    (images.saturation, TF.adjust_saturation, (0.6, 1.4)),
+    (images.hue, TF.adjust_hue, (-0.5, 0.5)),
 ])
 @given(seed=SEEDS)
 def test_each_jitter_is_torchvisions_image_by_image(ours, theirs, factors, seed):
     x = pictures(seed)
-    factor = torch.rand(len(x), generator=pretrain.generator(seed, 2)) * (factors[1] - factors[0]) + factors[0]
+    factor = torch.rand(len(x), generator=images.generator(seed, 2)) * (factors[1] - factors[0]) + factors[0]
     for image, f, got in zip(x, factor.tolist(), ours(x, factor[:, None, None, None])):
         assert torch.allclose(got, theirs(image, f), atol=2e-5)
 
 
 def test_grey_images_stay_grey_under_a_turn_of_the_hue():
     x = torch.rand(4, 1, 5, 5).expand(4, 3, 5, 5)
-    assert torch.allclose(pretrain.hue(x, torch.full((4, 1, 1, 1), 0.3)), x, atol=1e-6)
+    assert torch.allclose(images.hue(x, torch.full((4, 1, 1, 1), 0.3)), x, atol=1e-6)
 
 
 @given(SEEDS)
 def test_boxes_lie_in_the_image_and_take_a_fifth_of_it_or_more(seed):
-    top, left, height, width = pretrain.draw_view(50, 32, "sim", pretrain.generator(seed)).box.T
+    top, left, height, width = images.draw_view(50, 32, "sim", images.generator(seed)).box.T
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= 32).all() and (left + width <= 32).all()
     assert (height * width > 0.2 * 32**2 - 32).all()
 
 
 def test_view_frequencies_are_the_recipes():
-    view = pretrain.draw_view(20_000, 32, "sim", pretrain.generator(0))
+    view = images.draw_view(20_000, 32, "sim", images.generator(0))
     untouched = (view.jitter == torch.tensor([1.0, 1.0, 1.0, 0.0])).all(1).float().mean()
     assert abs(view.flip.float().mean() - 0.5) < 0.02
     assert abs(untouched - 0.2) < 0.02 and abs(view.gray.float().mean() - 0.2) < 0.02
     assert sorted(view.order) == [0, 1, 2, 3]
 
 
+@settings(max_examples=10)
+@given(SEEDS, st.sampled_from([65, 80, 224]))
+def test_blur_is_torchvisions(seed, size):
+    x = pictures(seed, n=4, size=size)
+    sigma = torch.tensor([0.1, 0.7, 1.3, 2.0])
+    ours = images.blur(x, sigma)
+    for image, blurred, s in zip(x, ours, sigma.tolist()):
+        assert torch.allclose(blurred, TF.gaussian_blur(image, 2 * (size // 20) + 1, [s, s]), atol=1e-5)
+
+
+def test_half_of_the_large_images_are_blurred_and_no_small_one():
+    sigma = images.draw_view(10_000, 224, "sim", images.generator(0)).sigma
+    assert abs((sigma > 0).float().mean() - 0.5) < 0.02 and sigma[sigma > 0].min() >= 0.1 and sigma.max() <= 2
+    assert not images.draw_view(1000, 64, "sim", images.generator(0)).sigma.any()
+    assert not images.draw_view(1000, 224, "crop", images.generator(0)).sigma.any()
+
+
 def test_no_augmentation_is_normalisation_alone():
-    images = (pictures(3) * 255).to(torch.uint8)
+    pixels = (pictures(3) * 255).to(torch.uint8)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
-    view = pretrain.make_view(images, pretrain.draw_view(6, 17, "none", pretrain.generator(0)), mean, std)
-    assert torch.allclose(view, pretrain.normalize(images.float() / 255, mean, std), atol=1e-5)
+    view = images.make_view(pixels, images.draw_view(6, 17, "none", images.generator(0)), mean, std)
+    assert torch.allclose(view, images.normalize(pixels.float() / 255, mean, std), atol=1e-5)
 
 
 def test_a_ranks_views_are_its_part_of_the_global_batch():
-    images = (pictures(4, n=8) * 255).to(torch.uint8)
+    pixels = (pictures(4, n=8) * 255).to(torch.uint8)
     mean, std = torch.zeros(3), torch.ones(3)
-    draw = pretrain.draw_view(8, 17, "sim", pretrain.generator(0, 1, 0, 0, 0))
-    whole = pretrain.make_view(images, draw, mean, std)
+    draw = images.draw_view(8, 17, "sim", images.generator(0, 1, 0, 0, 0))
+    whole = images.make_view(pixels, draw, mean, std)
     for part in (slice(0, 3), slice(3, 8)):
-        assert torch.equal(pretrain.make_view(images[part], pretrain.own_rows(draw, part, "cpu"), mean, std), whole[part])
+        assert torch.equal(images.make_view(pixels[part], pretrain.part_of(draw, part, "cpu"), mean, std), whole[part])
 
 
 @given(SEEDS, st.integers(2, 6), st.integers(0, 5))
 def test_pairs_show_two_images_of_a_class_and_any_row_of_c_pairs_shows_c_classes(seed, classes, start):
     labels = torch.cat([torch.arange(classes).repeat(7), torch.tensor([0, 0, 0])])
-    order = pretrain.shuffled_pairs(labels, pretrain.generator(seed))
+    order = images.shuffled_pairs(labels, images.generator(seed))
     assert len(order) == len(labels)
     a, b = order[: len(order) // 2 * 2].view(-1, 2).T
     assert (labels[a] == labels[b]).all() and (a != b).all()
@@ -120,12 +138,12 @@ def test_collapsed_features_give_the_announced_loss_and_nothing_falls_below_the_
     config = SimpleNamespace(loss="supcon", batch=32, views=2, loss_scale=1.5, tau=0.1, ce_weight=0)
     collapse, floor = pretrain.collapse_and_floor(config, labels)
     same = torch.ones(64, 3, dtype=torch.double) / math.sqrt(3)
-    assert 1.5 * pretrain.contrastive_loss(config, same, labels).item() == pytest.approx(collapse)
+    assert 1.5 * pretrain.contrastive_loss(config, same, labels, torch.arange(len(labels))).item() == pytest.approx(collapse)
     apart = torch.eye(4, dtype=torch.double)[labels.repeat(2)]
-    assert floor <= 1.5 * pretrain.contrastive_loss(config, apart, labels).item() < floor + 0.01
+    assert floor <= 1.5 * pretrain.contrastive_loss(config, apart, labels, torch.arange(len(labels))).item() < floor + 0.01
     config.loss, config.tau = "simclr", 0.01
     collapse, floor = pretrain.collapse_and_floor(config, labels)
-    assert floor == 0 and 1.5 * pretrain.contrastive_loss(config, same, labels).item() == pytest.approx(collapse)
+    assert floor == 0 and 1.5 * pretrain.contrastive_loss(config, same, labels, torch.arange(len(labels))).item() == pytest.approx(collapse)
 
 
 def test_joint_loss_weighs_contrast_and_cross_entropy_and_detach_cuts_the_encoder():
@@ -133,7 +151,7 @@ def test_joint_loss_weighs_contrast_and_cross_entropy_and_detach_cuts_the_encode
     config = SimpleNamespace(loss="supcon", views=2, loss_scale=2.0, tau=0.1, ce_weight=0.25)
     y = labels.repeat(2)
     expected = 0.75 * 2 * pretrain.losses.supcon_out(z, y) + 0.25 * torch.nn.functional.cross_entropy(logits, y)
-    assert torch.isclose(pretrain.total_loss(config, z, logits, labels), expected)
+    assert torch.isclose(pretrain.total_loss(config, z, logits, labels, torch.arange(len(labels))), expected)
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
     for detach in (True, False):
         model = pretrain.Model(encoder, None, torch.nn.Linear(5, 2), detach=detach)
@@ -174,10 +192,10 @@ def test_resnet200_is_as_deep_as_its_name():
 
 
 def test_shapes_are_reproducible_balanced_and_differ_between_training_and_test():
-    a, b = pretrain.shapes(500, 32, 1), pretrain.shapes(500, 32, 1)
+    a, b = images.shapes(500, 32, 1), images.shapes(500, 32, 1)
     assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
     assert torch.bincount(a.labels, minlength=10).min() > 25 and len(a.classes) == 10
-    assert not torch.equal(a.images, pretrain.shapes(500, 32, 0).images)
+    assert not torch.equal(a.images, images.shapes(500, 32, 0).images)
 
 
 def test_folder_reads_classes_sizes_and_grey_images(tmp_path):
@@ -187,8 +205,8 @@ def test_folder_reads_classes_sizes_and_grey_images(tmp_path):
             for i in range(count):
                 image = torch.full((1 if i else 3, 20 + i, 30), 100 * label + 50, dtype=torch.uint8)
                 TF.to_pil_image(image).save(tmp_path / split / name / f"{i}.png")
-    data = pretrain.load_data("folder", tmp_path, True, size=16)
+    data = images.load_data("folder", tmp_path, True, size=16)
     assert data.images.shape == (6, 3, 16, 16) and data.classes == ["cat", "dog"]
     assert torch.equal(data.images[:, 0, 8, 8].long(), 100 * data.labels + 50)
     assert torch.equal(data.images[:, 0], data.images[:, 2])
-    assert len(pretrain.load_data("folder", tmp_path, False, size=16).labels) == 2
+    assert len(images.load_data("folder", tmp_path, False, size=16).labels) == 2

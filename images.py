@@ -1,0 +1,301 @@
+"""Images and their views: data sets as uint8 tensors in memory, views of a whole batch at once, the order of an epoch.
+
+Everything random is drawn from a generator that belongs to a key such as (seed, epoch, step, view): data order and views
+do not depend on how a batch falls to ranks, nor on whether a run was interrupted.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torchvision.transforms.v2 import functional as TF
+
+
+class Refused(click.ClickException):
+    """Something the user can put right: one line, exit status 2."""
+
+    exit_code = 2
+
+
+# ---------------------------------------------------------------- data: uint8 images, square, in memory
+
+
+class Data(NamedTuple):
+    images: torch.Tensor  # (n, 3, H, W) uint8
+    labels: torch.Tensor  # (n,) int64
+    classes: list  # names
+
+
+DATASETS = ("cifar10", "cifar100", "svhn", "fashionmnist", "folder", "shapes")
+MEAN_STD = {  # the reference code's; every other data set is measured
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+def load_data(dataset, root, train, *, size=None, download=True):
+    """The training or test set as Data, resized to `size` where given. Raises Refused where it cannot be had."""
+    if dataset == "shapes":
+        return shapes(10_000 if train else 2_000, size or 32, seed=int(train))
+    if dataset == "folder":
+        return load_folder(root, train, size or 32)
+    sets = torchvision.datasets
+    try:
+        if dataset == "svhn":
+            d = sets.SVHN(root, split="train" if train else "test", download=download)
+            images, labels, classes = torch.from_numpy(d.data), d.labels, [str(c) for c in range(10)]
+        elif dataset == "fashionmnist":
+            d = sets.FashionMNIST(root, train=train, download=download)
+            images, labels, classes = d.data[:, None].expand(-1, 3, -1, -1), d.targets, d.classes
+        else:
+            d = (sets.CIFAR10 if dataset == "cifar10" else sets.CIFAR100)(root, train=train, download=download)
+            images, labels, classes = torch.from_numpy(d.data).permute(0, 3, 1, 2), d.targets, d.classes
+    except ModuleNotFoundError as e:
+        raise Refused(f"--dataset {dataset} needs the package {e.name}: pip install {e.name}") from e
+    except (RuntimeError, OSError) as e:
+        way = "put its files there by hand" if download else "let --download fetch it, or put its files there"
+        reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
+        raise Refused(f"--dataset {dataset} is not in --data {root} ({reason}): {way}") from e
+    images, labels = images.contiguous(), torch.as_tensor(np.asarray(labels), dtype=torch.long)
+    return Data(resize(images, size) if size else images, labels, list(classes))
+
+
+def load_folder(root, train, size):
+    """torchvision's ImageFolder over root/train, or root/test or root/val; shuffled once, by a fixed seed."""
+    names = ["train"] if train else ["test", "val"]
+    found = [Path(root, name) for name in names if Path(root, name).is_dir()]
+    if not found:
+        raise Refused(f"--data {root} has no folder {' or '.join(names)}: --dataset folder wants DIR/train/CLASS/*.jpg")
+    try:
+        folder = torchvision.datasets.ImageFolder(found[0])
+    except FileNotFoundError as e:
+        raise Refused(f"--data {found[0]}: {str(e).splitlines()[0]}") from e
+
+    def load(sample):
+        path, label = sample
+        try:
+            image = folder.loader(path)  # RGB, whatever the file holds
+        except OSError as e:
+            raise Refused(f"{path} is not a readable image: mend or remove it") from e
+        return TF.pil_to_tensor(TF.center_crop(TF.resize(image, size, antialias=True), size)), label
+
+    n = len(folder.samples)
+    images, labels = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, dtype=torch.long)
+    order = torch.randperm(n, generator=generator(0)).tolist()
+    with ThreadPoolExecutor() as pool:
+        for row, (image, label) in enumerate(pool.map(load, (folder.samples[i] for i in order))):
+            images[row], labels[row] = image, label
+    return Data(images, labels, folder.classes)
+
+
+def mean_and_std(dataset, images):
+    """Of each channel, for images in [0, 1]."""
+    if dataset in MEAN_STD:
+        return [torch.tensor(v) for v in MEAN_STD[dataset]]
+    pixels = images[:10_000].float().div(255).transpose(0, 1).flatten(1)
+    return pixels.mean(1), pixels.std(1).clamp(min=1e-3)
+
+
+def resize(images, size):
+    if images.shape[-1] == size:
+        return images
+    return torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
+
+
+def shapes(n, size, seed):
+    """Ten classes: five shapes, plain or striped, with random place, scale, angle, colours, background and noise."""
+    g = generator(seed)
+    uniform = uniform_from(g, n)
+    labels = torch.randint(10, (n,), generator=g)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in (-1, 1)
+    angle, scale = uniform(-0.5, 0.5, 1, 1), uniform(0.5, 0.85, 1, 1)
+    x, y = axis[None, None] - uniform(-0.25, 0.25, 1, 1), axis[None, :, None] - uniform(-0.25, 0.25, 1, 1)
+    u = (x * angle.cos() + y * angle.sin()) / scale
+    v = (y * angle.cos() - x * angle.sin()) / scale
+    radius, turn = (u**2 + v**2).sqrt(), torch.atan2(v, u)
+    edges = {  # below zero inside the shape
+        "disc": radius - 0.9,
+        "square": torch.maximum(u.abs(), v.abs()) - 0.8,
+        "triangle": torch.maximum(v - 0.5, u.abs() * 0.866 - v * 0.5 - 0.5),
+        "cross": torch.minimum(torch.maximum(u.abs() - 1, v.abs() - 0.3), torch.maximum(u.abs() - 0.3, v.abs() - 1)),
+        "star": radius - 0.65 - 0.35 * (5 * turn).cos(),
+    }
+    edge = torch.stack(list(edges.values()), 1)[torch.arange(n), labels // 2]
+    inside = torch.sigmoid(-edge * scale * size / 1.5)[:, None]
+    stripes = torch.sigmoid(8 * (uniform(7, 11, 1, 1) * u + uniform(0, 6.28, 1, 1)).sin())
+    stripes = (stripes * (labels % 2)[:, None, None])[:, None]
+
+    background, other, second = (uniform(0, 0.5, 3, 1, 1) for _ in range(3))  # dark, the ink light, or all inverted
+    ink = uniform(0.5, 1, 3, 1, 1)
+    clouds = F.interpolate(uniform(0, 1, 1, 4, 4), size=(size, size), mode="bicubic").clamp(0, 1)
+    picture = background + 0.5 * clouds * (other - background)
+    picture = picture + inside * (ink + stripes * (second - ink) - picture)
+    picture = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, picture, 1 - picture)
+    picture = picture + uniform(0.02, 0.1, 1, 1, 1) * torch.randn(n, 3, size, size, generator=g)
+    names = [f"{texture} {shape}" for shape in edges for texture in ("plain", "striped")]
+    return Data((picture.clamp(0, 1) * 255).round().to(torch.uint8), labels, names)
+
+
+# ---------------------------------------------------------------- views: a whole batch at once, parameters per image
+
+
+class ViewParameters(NamedTuple):
+    box: torch.Tensor  # (n, 4) top, left, height, width of the crop, in pixels
+    flip: torch.Tensor  # (n,) bool
+    jitter: torch.Tensor  # (n, 4) brightness, contrast, saturation factors and hue shift; (1, 1, 1, 0) does nothing
+    gray: torch.Tensor  # (n,) bool
+    sigma: torch.Tensor  # (n,) of the blur in pixels; 0 for none
+    order: list  # of the four jitters, one for the batch
+
+
+def draw_view(n, size, augment, g):
+    """Parameters of one view of n images: SimCLR's distributions at the reference code's strengths.
+
+    Crop of (0.2, 1) of the area at aspect (3/4, 4/3), flip; "sim" adds colour jitter (0.4, 0.4, 0.4, 0.1) with
+    probability 0.8 and grey with 0.2, and, above 64 pixels, a Gaussian blur of sigma (0.1, 2) with 0.5. "none" leaves
+    the images as they are.
+    """
+    uniform = uniform_from(g, n)
+    area = uniform(0.2, 1, 10) * size**2  # ten tries, as in torchvision; then the whole image
+    ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
+    sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 2).round()  # (n, 10, 2) height, width
+    fits = ((sides > 0) & (sides <= size)).all(2)
+    sides = sides[torch.arange(n), fits.int().argmax(1)]
+    sides = torch.where(fits.any(1, keepdim=True), sides, size)
+    corner = (uniform(0, 1, 2) * (size - sides + 1)).floor().clamp(max=size - sides)
+    box = torch.cat([corner, sides], 1)
+    flip = uniform(0, 1) < 0.5
+    jitter = torch.cat([uniform(0.6, 1.4, 3), uniform(-0.1, 0.1, 1)], 1)
+    jitter[uniform(0, 1) >= 0.8] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    gray = uniform(0, 1) < 0.2
+    order = torch.randperm(4, generator=g).tolist()
+    sigma = uniform(0.1, 2) * (uniform(0, 1) < 0.5) * (size > 64)
+    if augment == "none":
+        box, flip = torch.tensor([0.0, 0.0, size, size]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
+    if augment != "sim":
+        order, gray, sigma = [], torch.zeros(n, dtype=torch.bool), torch.zeros(n)
+    return ViewParameters(box, flip, jitter, gray, sigma, order)
+
+
+def make_view(images, view, mean, std):
+    """images (n, 3, H, H) uint8 -> (n, 3, H, H) float32: cropped, flipped, jittered, greyed, normalised."""
+    x = crop_and_flip(images.float() / 255, view.box, view.flip)
+    jitters = (brightness, contrast, saturation, hue)
+    for j in view.order:
+        x = jitters[j](x, view.jitter[:, j, None, None, None])
+    if view.order:
+        x = torch.where(view.gray[:, None, None, None], luma(x), x)
+    if view.sigma.any():
+        x = torch.where(view.sigma[:, None, None, None] > 0, blur(x, view.sigma), x)
+    return normalize(x, mean, std)
+
+
+def normalize(x, mean, std):
+    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def crop_and_flip(x, box, flip):
+    """Each image's box, resized back to the image's size: a matrix for the rows and one for the columns."""
+    top, left, height, width = box.T
+    rows = resize_matrix(top, height, x.shape[2])
+    columns = resize_matrix(left, width, x.shape[3])
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    return rows[:, None] @ (x @ columns[:, None].mT)
+
+
+def resize_matrix(start, length, size):
+    """(n, size, size): output pixel o of image i as weights of the pixels in [start_i, start_i + length_i).
+
+    The triangle filter of torchvision's antialiased bilinear resize, cut off at the edges of the crop.
+    """
+    pixel = torch.arange(size, device=start.device, dtype=start.dtype)
+    start, length = start[:, None, None], length[:, None, None]
+    step = length / size
+    centre = start + (pixel[:, None] + 0.5) * step - 0.5
+    w = (1 - (pixel - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    w = w * ((pixel >= start) & (pixel < start + length))
+    return w / w.sum(2, keepdim=True)
+
+
+def blur(x, sigma):
+    """Gaussian blur of sigma_i pixels, (n,), its kernel a tenth of the image wide, as torchvision's gaussian_blur."""
+    size, reach = x.shape[-1], x.shape[-1] // 20
+    offset = torch.arange(-reach, reach + 1, device=x.device)
+    kernel = (-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2).exp()
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    source = (torch.arange(size, device=x.device)[:, None] + offset).abs()
+    source = size - 1 - (size - 1 - source).abs()  # reflected at the edges
+    weights = x.new_zeros(len(x), size, size)
+    weights.scatter_add_(2, source.expand(len(x), -1, -1), kernel[:, None].to(x.dtype).expand(-1, size, -1))
+    return weights[:, None] @ (x @ weights[:, None].mT)
+
+
+def luma(x):
+    """Rec. 601 grey, as torchvision's rgb_to_grayscale: (n, 1, H, W)."""
+    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def blend(x, other, factor):
+    return torch.lerp(other.expand_as(x), x, factor).clamp(0, 1)
+
+
+def brightness(x, factor):
+    return (x * factor).clamp(0, 1)
+
+
+def contrast(x, factor):
+    return blend(x, luma(x).mean((2, 3), keepdim=True), factor)
+
+
+def saturation(x, factor):
+    return blend(x, luma(x), factor)
+
+
+def hue(x, shift):
+    """Turns the hue by `shift` of a full circle (RGB to HSV and back, Smith 1978)."""
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    r, g, b = x.unbind(1)
+    safe = chroma.clamp(min=1e-12)
+    sector = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    sector = sector + 6 * shift.squeeze(1)
+    k = (torch.stack([sector + 5, sector + 3, sector + 1], 1)) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- order of the images
+
+
+def generator(*key):
+    """A torch generator whose stream belongs to the key (seed, epoch, step, ...) alone."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def uniform_from(g, n):
+    """A function uniform(low, high, *shape) that draws (n, *shape) numbers from g."""
+    return lambda low, high, *shape: torch.rand(n, *shape, generator=g) * (high - low) + low
+
+
+def shuffled(labels, g):
+    return torch.randperm(len(labels), generator=g)
+
+
+def shuffled_pairs(labels, g):
+    """Rows 2j and 2j + 1 show two images of one class; the pairs go round the classes, so that any C pairs in a row
+    show C classes, as Sohn's batches do. Small classes recur."""
+    members = [m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels)]
+    pairs = [m[: len(m) // 2 * 2].view(-1, 2) for m in members]
+    count = max(math.ceil(len(labels) / (2 * len(pairs))), *map(len, pairs))
+    rounds = torch.stack([p[torch.arange(count) % len(p)] for p in pairs], 1)  # (count, C, 2)
+    return rounds[:, torch.randperm(len(pairs), generator=g)].flatten()[: len(labels)]
+
+
+def images_of_classes(labels):
+    return [torch.nonzero(labels == c).squeeze(1) for c in labels.unique()]
