@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as TF
 
 
@@ -159,7 +160,7 @@ def draw_view(n, size, augment, g):
 
     Crop of (0.2, 1) of the area at aspect (3/4, 4/3), flip; "sim" adds colour jitter (0.4, 0.4, 0.4, 0.1) with
     probability 0.8 and grey with 0.2, and, above 64 pixels, a Gaussian blur of sigma (0.1, 2) with 0.5. "none" leaves
-    the images as they are.
+    the images as they are, "auto" and "rand" what PolicyViews made; "stacked-rand" adds the colours to that.
     """
     uniform = uniform_from(g, n)
     area = uniform(0.2, 1, 10) * size**2  # ten tries, as in torchvision; then the whole image
@@ -176,9 +177,9 @@ def draw_view(n, size, augment, g):
     gray = uniform(0, 1) < 0.2
     order = torch.randperm(4, generator=g).tolist()
     sigma = uniform(0.1, 2) * (uniform(0, 1) < 0.5) * (size > 64)
-    if augment == "none":
+    if augment in ("none", *POLICIES):  # the policies' crops and flips are made with them
         box, flip = torch.tensor([0.0, 0.0, size, size]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
-    if augment != "sim":
+    if augment not in ("sim", "stacked-rand"):
         order, gray, sigma = [], torch.zeros(n, dtype=torch.bool), torch.zeros(n)
     return ViewParameters(box, flip, jitter, gray, sigma, order)
 
@@ -267,6 +268,34 @@ def hue(x, shift):
     sector = sector + 6 * shift.squeeze(1)
     k = (torch.stack([sector + 5, sector + 3, sector + 1], 1)) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+POLICIES = ("auto", "rand", "stacked-rand")
+
+
+class PolicyViews(torch.utils.data.Dataset):
+    """Crops, flips and torchvision's AutoAugment or RandAugment of single images, for the workers of a DataLoader.
+
+    An item is asked for by (row, *key) and is a (3, H, H) uint8 image, drawn from the key alone.
+    """
+
+    def __init__(self, images, augment):
+        size, policies = images.shape[-1], transforms.AutoAugmentPolicy
+        policy = transforms.AutoAugment(policies.CIFAR10 if size <= 64 else policies.IMAGENET) if augment == "auto" else transforms.RandAugment()
+        crop = transforms.RandomResizedCrop(size, scale=(0.2, 1), antialias=True)
+        self.images, self.transform = images, transforms.Compose([crop, transforms.RandomHorizontalFlip(), policy])
+
+    def __getitem__(self, item):
+        row, *key = item
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(*key).initial_seed())
+            return self.transform(self.images[row])
+
+
+def policy_batches(images, augment, batches, workers):
+    """An iterator of uint8 batches, one for each list of items (row, *key) in `batches`."""
+    context = {"multiprocessing_context": "fork", "prefetch_factor": 4} if workers else {}
+    return iter(torch.utils.data.DataLoader(PolicyViews(images, augment), batch_sampler=batches, num_workers=workers, **context))
 
 
 # ---------------------------------------------------------------- order of the images

@@ -36,7 +36,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import losses
 from images import (
-    DATASETS, Data, Refused, ViewParameters, draw_view, generator, load_data, make_view, mean_and_std, normalize, shuffled, shuffled_pairs,
+    DATASETS, POLICIES, Data, Refused, ViewParameters, draw_view, generator, load_data, make_view, mean_and_std, normalize, policy_batches,
+    shuffled, shuffled_pairs,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- encoder, projection head, classifier head
@@ -424,11 +425,18 @@ def train(config, resume=None):
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0 or not losses_of_epoch:
             order = (shuffled_pairs if config.loss == "n-pair" else shuffled)(data.labels, generator(config.seed, 0, epoch))
+            if config.augment in POLICIES:
+                items = policy_items(config, order, epoch, range(position, steps_per_epoch), parts)
+                ready = policy_batches(data.images, config.augment, items, config.workers)
         rows = order[position * config.batch : (position + 1) * config.batch].to(device)  # of the global batch
         draws = [draw_view(config.batch, config.size, config.augment, generator(config.seed, 1, epoch, position, v)) for v in range(V)]
 
+        if config.augment in POLICIES:
+            policed = {part.start: [next(ready).to(device) for v in range(V)] for part in parts}
+
         def views_of(part):
-            made = [make_view(images[rows[part]], part_of(draw, part, device), mean, std) for draw in draws]
+            pixels = policed[part.start] if config.augment in POLICIES else [images[rows[part]]] * V
+            made = [make_view(x, part_of(draw, part, device), mean, std) for x, draw in zip(pixels, draws)]
             return torch.cat(made).contiguous(memory_format=torch.channels_last)
 
         def loss_of(z, logits):
@@ -486,6 +494,15 @@ def train(config, resume=None):
         del parallel
         dist.destroy_process_group()
     return entry
+
+
+def policy_items(config, order, epoch, steps, parts):
+    """The items of PolicyViews for each step, part and view: (row, seed, ..., place in the global batch)."""
+    for step in steps:
+        rows = order[step * config.batch : (step + 1) * config.batch].tolist()
+        for part in parts:
+            for v in range(config.views):
+                yield [(rows[i], config.seed, 2, epoch, step, v, i) for i in range(part.start, part.stop)]
 
 
 def part_of(view, part, device):
@@ -598,7 +615,7 @@ def announce(say, config, data, test, model, autocast, collapse, floor, world):
 POSITIVE, NOT_NEGATIVE = click.FloatRange(min=0, min_open=True), click.FloatRange(min=0)
 COUNT = click.IntRange(min=1)
 ARCHS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet200")
-MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "micro_batch", "compile"}  # on --resume
+MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "micro_batch", "compile", "workers"}  # on --resume
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -607,7 +624,8 @@ MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "micro_batch"
 @click.option("--download/--no-download", default=True, help="Fetch what is missing.")
 @click.option("--size", type=click.IntRange(min=8), show_default="the data set's own; 32 for folder and shapes", help="Image side in pixels.")
 @click.option("--limit", type=COUNT, help="Train on the first N images (a folder is shuffled, by a fixed seed).")
-@click.option("--augment", type=click.Choice(["sim", "crop", "none"]), default="sim", help="sim: crop, flip, colour jitter, grey; crop: crop and flip.")
+@click.option("--augment", type=click.Choice(["sim", "crop", "none", *POLICIES]), default="sim", help="sim: crop, flip, colours, blur; crop: crop and flip; AutoAugment, RandAugment, and that with sim's colours.")
+@click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that make the views of auto, rand and stacked-rand.")
 @click.option("--views", type=COUNT, show_default="2; 1 for ce and n-pair", help="Views of each image.")
 @click.option("--loss", type=click.Choice(list(RECIPES)), default="supcon", help="The training objective.")
 @click.option("--tau", type=POSITIVE, show_default="0.1; 0.5 for simclr", help="Temperature.")

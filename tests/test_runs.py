@@ -103,7 +103,7 @@ pretrain.run_command(pretrain.main)
     ["--loss", "supcon", "--ce-weight", "0.3"],
     ["--loss", "n-pair", "--lr", "0.001"],
     ["--loss", "triplet", "--mining", "hard"],
-    ["--loss", "simclr"],
+    ["--loss", "simclr", "--augment", "stacked-rand"],
     ["--loss", "ce"],
 ], ids=lambda loss: loss[1])
 def test_ranks_and_parts_take_the_steps_of_one_process(loss, ranks, other, tmp_path):
@@ -238,6 +238,7 @@ BAD = [
     (["--schedule", "linear"], "--schedule"),
     (["--micro-batch", "0"], "--micro-batch"),
     (["--micro-batch", "7"], "--micro-batch 7 does not divide the 50"),
+    (["--workers", "-1"], "--workers"),
     (["--sync-bn"], "--sync-bn needs several GPUs"),
     (["--warmup", "4"], "--warmup 4.0 must be shorter than --epochs 4"),
     (["--warmup", "-1"], "--warmup"),

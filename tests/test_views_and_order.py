@@ -88,6 +88,28 @@ def test_half_of_the_large_images_are_blurred_and_no_small_one():
     assert not images.draw_view(1000, 224, "crop", images.generator(0)).sigma.any()
 
 
+@pytest.mark.parametrize("augment", images.POLICIES)
+def test_a_policys_view_depends_on_its_key_alone(augment):
+    pixels = (pictures(1, n=5, size=32) * 255).to(torch.uint8)
+    views, before = images.PolicyViews(pixels, augment), torch.get_rng_state()
+    first = [views[row, 0, 2, row] for row in range(5)]
+    assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in first)
+    assert all(torch.equal(views[row, 0, 2, row], first[row]) for row in (3, 1, 4))
+    assert not torch.equal(views[0, 0, 2, 9], first[0])
+    assert torch.equal(torch.get_rng_state(), before)
+    items = [[(0, 0, 2, 0), (1, 0, 2, 1)], [(2, 0, 2, 2)]]
+    for workers in (0, 2):
+        batches = list(images.policy_batches(pixels, augment, items, workers))
+        assert torch.equal(torch.cat(batches), torch.stack(first[:3]))
+
+
+def test_the_policies_leave_crop_and_flip_to_the_workers_and_stacked_rand_keeps_the_colours():
+    for augment in images.POLICIES:
+        draw = images.draw_view(8, 32, augment, images.generator(0))
+        assert (draw.box == torch.tensor([0.0, 0, 32, 32])).all() and not draw.flip.any()
+        assert bool(draw.order) == (augment == "stacked-rand")
+
+
 def test_no_augmentation_is_normalisation_alone():
     pixels = (pictures(3) * 255).to(torch.uint8)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
