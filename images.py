@@ -28,9 +28,13 @@ class Refused(click.ClickException):
 
 
 class Data(NamedTuple):
-    images: torch.Tensor  # (n, 3, H, W) uint8
+    images: torch.Tensor  # (n, 3, H, W) uint8; of a streamed folder the first SAMPLE alone
     labels: torch.Tensor  # (n,) int64
     classes: list  # names
+    files: list | None = None  # of a streamed folder, the path of every image
+
+
+SAMPLE = 10_000
 
 
 DATASETS = ("cifar10", "cifar100", "svhn", "fashionmnist", "folder", "shapes")
@@ -40,12 +44,15 @@ MEAN_STD = {  # the reference code's; every other data set is measured
 }
 
 
-def load_data(dataset, root, train, *, size=None, download=True):
-    """The training or test set as Data, resized to `size` where given. Raises Refused where it cannot be had."""
+def load_data(dataset, root, train, *, size=None, download=True, stream=False):
+    """The training or test set as Data, resized to `size` where given. Raises Refused where it cannot be had.
+
+    stream: of a folder too large for memory, hold the files' names, and the pixels of a sample.
+    """
     if dataset == "shapes":
         return shapes(10_000 if train else 2_000, size or 32, seed=int(train))
     if dataset == "folder":
-        return load_folder(root, train, size or 32)
+        return load_folder(root, train, size or 32, stream)
     sets = torchvision.datasets
     try:
         if dataset == "svhn":
@@ -67,7 +74,7 @@ def load_data(dataset, root, train, *, size=None, download=True):
     return Data(resize(images, size) if size else images, labels, list(classes))
 
 
-def load_folder(root, train, size):
+def load_folder(root, train, size, stream=False):
     """torchvision's ImageFolder over root/train, or root/test or root/val; shuffled once, by a fixed seed."""
     names = ["train"] if train else ["test", "val"]
     found = [Path(root, name) for name in names if Path(root, name).is_dir()]
@@ -79,20 +86,25 @@ def load_folder(root, train, size):
         raise Refused(f"--data {found[0]}: {str(e).splitlines()[0]}") from e
 
     def load(sample):
-        path, label = sample
-        try:
-            image = folder.loader(path)  # RGB, whatever the file holds
-        except OSError as e:
-            raise Refused(f"{path} is not a readable image: mend or remove it") from e
-        return TF.pil_to_tensor(TF.center_crop(TF.resize(image, size, antialias=True), size)), label
+        image = read_image(sample[0])
+        return TF.center_crop(TF.resize(image, size, antialias=True), size)
 
-    n = len(folder.samples)
-    images, labels = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, dtype=torch.long)
-    order = torch.randperm(n, generator=generator(0)).tolist()
+    samples = [folder.samples[i] for i in torch.randperm(len(folder.samples), generator=generator(0)).tolist()]
+    n = min(SAMPLE, len(samples)) if stream else len(samples)
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
-        for row, (image, label) in enumerate(pool.map(load, (folder.samples[i] for i in order))):
-            images[row], labels[row] = image, label
-    return Data(images, labels, folder.classes)
+        for row, image in enumerate(pool.map(load, samples[:n])):
+            images[row] = image
+    files, labels = zip(*samples)
+    return Data(images, torch.tensor(labels), folder.classes, list(files) if stream else None)
+
+
+def read_image(path):
+    """(3, H, W) uint8, RGB whatever the file holds."""
+    try:
+        return TF.pil_to_tensor(torchvision.datasets.folder.default_loader(path))
+    except OSError as e:
+        raise Refused(f"{path} is not a readable image: mend or remove it") from e
 
 
 def mean_and_std(dataset, images):
@@ -155,12 +167,12 @@ class ViewParameters(NamedTuple):
     order: list  # of the four jitters, one for the batch
 
 
-def draw_view(n, size, augment, g):
+def draw_view(n, size, augment, g, crop=True):
     """Parameters of one view of n images: SimCLR's distributions at the reference code's strengths.
 
     Crop of (0.2, 1) of the area at aspect (3/4, 4/3), flip; "sim" adds colour jitter (0.4, 0.4, 0.4, 0.1) with
     probability 0.8 and grey with 0.2, and, above 64 pixels, a Gaussian blur of sigma (0.1, 2) with 0.5. "none" leaves
-    the images as they are, "auto" and "rand" what PolicyViews made; "stacked-rand" adds the colours to that.
+    the images as they are. crop=False goes with images that WorkerViews has cropped; "stacked-rand" adds sim's colours.
     """
     uniform = uniform_from(g, n)
     area = uniform(0.2, 1, 10) * size**2  # ten tries, as in torchvision; then the whole image
@@ -177,7 +189,7 @@ def draw_view(n, size, augment, g):
     gray = uniform(0, 1) < 0.2
     order = torch.randperm(4, generator=g).tolist()
     sigma = uniform(0.1, 2) * (uniform(0, 1) < 0.5) * (size > 64)
-    if augment in ("none", *POLICIES):  # the policies' crops and flips are made with them
+    if augment == "none" or not crop:
         box, flip = torch.tensor([0.0, 0.0, size, size]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
     if augment not in ("sim", "stacked-rand"):
         order, gray, sigma = [], torch.zeros(n, dtype=torch.bool), torch.zeros(n)
@@ -273,29 +285,36 @@ def hue(x, shift):
 POLICIES = ("auto", "rand", "stacked-rand")
 
 
-class PolicyViews(torch.utils.data.Dataset):
-    """Crops, flips and torchvision's AutoAugment or RandAugment of single images, for the workers of a DataLoader.
+class WorkerViews(torch.utils.data.Dataset):
+    """What is done to single images in the workers of a DataLoader: reading a streamed folder's files, and with them, or
+    for torchvision's AutoAugment and RandAugment, crop and flip.
 
     An item is asked for by (row, *key) and is a (3, H, H) uint8 image, drawn from the key alone.
     """
 
-    def __init__(self, images, augment):
-        size, policies = images.shape[-1], transforms.AutoAugmentPolicy
-        policy = transforms.AutoAugment(policies.CIFAR10 if size <= 64 else policies.IMAGENET) if augment == "auto" else transforms.RandAugment()
-        crop = transforms.RandomResizedCrop(size, scale=(0.2, 1), antialias=True)
-        self.images, self.transform = images, transforms.Compose([crop, transforms.RandomHorizontalFlip(), policy])
+    def __init__(self, data, augment):
+        size = data.images.shape[-1]
+        policies = transforms.AutoAugmentPolicy.CIFAR10 if size <= 64 else transforms.AutoAugmentPolicy.IMAGENET
+        crop = [transforms.RandomResizedCrop(size, scale=(0.2, 1), antialias=True), transforms.RandomHorizontalFlip()]
+        steps = {
+            "none": [transforms.Resize(size, antialias=True), transforms.CenterCrop(size)],
+            "auto": [*crop, transforms.AutoAugment(policies)],
+            "rand": [*crop, transforms.RandAugment()],
+            "stacked-rand": [*crop, transforms.RandAugment()],
+        }
+        self.data, self.transform = data, transforms.Compose(steps.get(augment, crop))
 
     def __getitem__(self, item):
         row, *key = item
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(*key).initial_seed())
-            return self.transform(self.images[row])
+            return self.transform(self.data.images[row] if self.data.files is None else read_image(self.data.files[row]))
 
 
-def policy_batches(images, augment, batches, workers):
+def worker_batches(data, augment, batches, workers):
     """An iterator of uint8 batches, one for each list of items (row, *key) in `batches`."""
     context = {"multiprocessing_context": "fork", "prefetch_factor": 4} if workers else {}
-    return iter(torch.utils.data.DataLoader(PolicyViews(images, augment), batch_sampler=batches, num_workers=workers, **context))
+    return iter(torch.utils.data.DataLoader(WorkerViews(data, augment), batch_sampler=batches, num_workers=workers, **context))
 
 
 # ---------------------------------------------------------------- order of the images

@@ -36,7 +36,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import losses
 from images import (
-    DATASETS, POLICIES, Data, Refused, ViewParameters, draw_view, generator, load_data, make_view, mean_and_std, normalize, policy_batches,
+    DATASETS, POLICIES, Data, Refused, ViewParameters, draw_view, generator, load_data, make_view, mean_and_std, normalize, worker_batches,
     shuffled, shuffled_pairs,
 )  # fmt: skip
 
@@ -310,7 +310,7 @@ def load_on_every_rank(config):
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         dist.barrier()
-    data = load_data(config.dataset, config.data, True, size=config.size, download=config.download and first)
+    data = load_data(config.dataset, config.data, True, size=config.size, download=config.download and first, stream=config.stream)
     try:
         test = load_data(config.dataset, config.data, False, size=config.size, download=config.download and first)
     except Refused:
@@ -318,7 +318,7 @@ def load_on_every_rank(config):
     if first and dist.is_initialized():
         dist.barrier()
     n = min(config.limit or len(data.labels), len(data.labels))
-    return Data(data.images[:n], data.labels[:n], data.classes), test
+    return Data(data.images[:n], data.labels[:n], data.classes, data.files and data.files[:n]), test
 
 
 def complete(config, data, world):
@@ -346,6 +346,7 @@ def complete(config, data, world):
     refusals = [
         (n < config.batch, f"--batch {config.batch} is larger than the {n} training images: lower --batch"),
         (config.warmup >= config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}"),
+        (config.stream and config.dataset != "folder", "--stream reads --dataset folder: leave it out"),
         (recipe.tau is None and config.tau is not None, f"--tau has no meaning for --loss {loss}: leave it out"),
         (loss == "simclr" and config.views < 2, "--loss simclr needs a second view of each image: --views 2"),
         (pairs and config.views != 1, "--loss n-pair takes one view of each of two images: --views 1"),
@@ -419,23 +420,24 @@ def train(config, resume=None):
     collapse, floor = collapse_and_floor(config, data.labels)
     announce(say, config, data, test, model, autocast, collapse, floor, world)
 
-    images, labels = data.images.to(device), data.labels.to(device)
+    in_workers = config.stream or config.augment in POLICIES
+    images, labels = None if in_workers else data.images.to(device), data.labels.to(device)
     entry, losses_of_epoch, epoch_start, shown = None, [], time.perf_counter(), 0.0
     while step < total:
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0 or not losses_of_epoch:
             order = (shuffled_pairs if config.loss == "n-pair" else shuffled)(data.labels, generator(config.seed, 0, epoch))
-            if config.augment in POLICIES:
-                items = policy_items(config, order, epoch, range(position, steps_per_epoch), parts)
-                ready = policy_batches(data.images, config.augment, items, config.workers)
+            if in_workers:
+                items = worker_items(config, order, epoch, range(position, steps_per_epoch), parts)
+                ready = worker_batches(data, config.augment, items, config.workers)
         rows = order[position * config.batch : (position + 1) * config.batch].to(device)  # of the global batch
-        draws = [draw_view(config.batch, config.size, config.augment, generator(config.seed, 1, epoch, position, v)) for v in range(V)]
-
-        if config.augment in POLICIES:
-            policed = {part.start: [next(ready).to(device) for v in range(V)] for part in parts}
+        keys = [(config.seed, 1, epoch, position, v) for v in range(V)]
+        draws = [draw_view(config.batch, config.size, config.augment, generator(*key), crop=not in_workers) for key in keys]
+        if in_workers:
+            cropped = {part.start: [next(ready).to(device) for v in range(V)] for part in parts}
 
         def views_of(part):
-            pixels = policed[part.start] if config.augment in POLICIES else [images[rows[part]]] * V
+            pixels = cropped[part.start] if in_workers else [images[rows[part]]] * V
             made = [make_view(x, part_of(draw, part, device), mean, std) for x, draw in zip(pixels, draws)]
             return torch.cat(made).contiguous(memory_format=torch.channels_last)
 
@@ -496,8 +498,8 @@ def train(config, resume=None):
     return entry
 
 
-def policy_items(config, order, epoch, steps, parts):
-    """The items of PolicyViews for each step, part and view: (row, seed, ..., place in the global batch)."""
+def worker_items(config, order, epoch, steps, parts):
+    """The items of WorkerViews for each step, part and view: (row, seed, ..., place in the global batch)."""
     for step in steps:
         rows = order[step * config.batch : (step + 1) * config.batch].tolist()
         for part in parts:
@@ -625,7 +627,8 @@ MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "micro_batch"
 @click.option("--size", type=click.IntRange(min=8), show_default="the data set's own; 32 for folder and shapes", help="Image side in pixels.")
 @click.option("--limit", type=COUNT, help="Train on the first N images (a folder is shuffled, by a fixed seed).")
 @click.option("--augment", type=click.Choice(["sim", "crop", "none", *POLICIES]), default="sim", help="sim: crop, flip, colours, blur; crop: crop and flip; AutoAugment, RandAugment, and that with sim's colours.")
-@click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that make the views of auto, rand and stacked-rand.")
+@click.option("--stream", is_flag=True, help="Read a folder's files anew for every view: for folders larger than memory.")
+@click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read a streamed folder, and make the views of auto, rand, stacked-rand.")
 @click.option("--views", type=COUNT, show_default="2; 1 for ce and n-pair", help="Views of each image.")
 @click.option("--loss", type=click.Choice(list(RECIPES)), default="supcon", help="The training objective.")
 @click.option("--tau", type=POSITIVE, show_default="0.1; 0.5 for simclr", help="Temperature.")

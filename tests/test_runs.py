@@ -200,6 +200,22 @@ def refusal(script, arguments, monkeypatch, capsys):
     return error
 
 
+@pytest.mark.parametrize("augment", ["sim", "auto"])
+def test_a_streamed_folder_trains_on_the_same_views_with_and_without_workers(augment, tmp_path):
+    for name, value in (("dark", 40), ("light", 220)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(4):
+            noise = torch.randint(-20, 20, (3, 90, 70), generator=torch.Generator().manual_seed(i))
+            TF.to_pil_image((value + noise).to(torch.uint8)).save(tmp_path / "train" / name / f"{i}.png")
+    options = ["--dataset", "folder", "--data", str(tmp_path), "--size", "70", "--stem", "3x3", "--arch", "small", "--stream", "--augment", augment]
+    options += ["--batch", "4", "--epochs", "1", "--log-every", "1", "--precision", "float64", "--lr", "1e-9", "--warmup", "0"]
+    logs = []
+    for name, other in (("whole", []), ("workers", ["--workers", "0"])):
+        pretrain.main([*options, *other, "--run-dir", str(tmp_path / name)], standalone_mode=False)
+        logs.append([line["loss"] for line in log_of(tmp_path / name) if "loss" in line])
+    assert len(logs[0]) == 2 and logs[0] == logs[1]
+
+
 BAD = [
     (["--batch", "0"], "--batch"),
     (["--batch", "many"], "--batch"),
@@ -239,6 +255,7 @@ BAD = [
     (["--micro-batch", "0"], "--micro-batch"),
     (["--micro-batch", "7"], "--micro-batch 7 does not divide the 50"),
     (["--workers", "-1"], "--workers"),
+    (["--stream"], "--stream reads --dataset folder"),
     (["--sync-bn"], "--sync-bn needs several GPUs"),
     (["--warmup", "4"], "--warmup 4.0 must be shorter than --epochs 4"),
     (["--warmup", "-1"], "--warmup"),

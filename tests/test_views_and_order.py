@@ -91,7 +91,7 @@ def test_half_of_the_large_images_are_blurred_and_no_small_one():
 @pytest.mark.parametrize("augment", images.POLICIES)
 def test_a_policys_view_depends_on_its_key_alone(augment):
     pixels = (pictures(1, n=5, size=32) * 255).to(torch.uint8)
-    views, before = images.PolicyViews(pixels, augment), torch.get_rng_state()
+    views, before = images.WorkerViews(images.Data(pixels, None, None), augment), torch.get_rng_state()
     first = [views[row, 0, 2, row] for row in range(5)]
     assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in first)
     assert all(torch.equal(views[row, 0, 2, row], first[row]) for row in (3, 1, 4))
@@ -99,13 +99,13 @@ def test_a_policys_view_depends_on_its_key_alone(augment):
     assert torch.equal(torch.get_rng_state(), before)
     items = [[(0, 0, 2, 0), (1, 0, 2, 1)], [(2, 0, 2, 2)]]
     for workers in (0, 2):
-        batches = list(images.policy_batches(pixels, augment, items, workers))
+        batches = list(images.worker_batches(views.data, augment, items, workers))
         assert torch.equal(torch.cat(batches), torch.stack(first[:3]))
 
 
 def test_the_policies_leave_crop_and_flip_to_the_workers_and_stacked_rand_keeps_the_colours():
     for augment in images.POLICIES:
-        draw = images.draw_view(8, 32, augment, images.generator(0))
+        draw = images.draw_view(8, 32, augment, images.generator(0), crop=False)
         assert (draw.box == torch.tensor([0.0, 0, 32, 32])).all() and not draw.flip.any()
         assert bool(draw.order) == (augment == "stacked-rand")
 
@@ -232,3 +232,7 @@ def test_folder_reads_classes_sizes_and_grey_images(tmp_path):
     assert torch.equal(data.images[:, 0, 8, 8].long(), 100 * data.labels + 50)
     assert torch.equal(data.images[:, 0], data.images[:, 2])
     assert len(images.load_data("folder", tmp_path, False, size=16).labels) == 2
+    streamed = images.load_data("folder", tmp_path, True, size=16, stream=True)
+    assert torch.equal(streamed.labels, data.labels) and torch.equal(streamed.images, data.images)
+    views = images.WorkerViews(streamed, "none")
+    assert all(torch.equal(views[row, 0], data.images[row]) for row in range(6))
