@@ -77,8 +77,8 @@ def _supcon(variant, z, y, tau, denominator, positives_cap, views):
     if positives_cap is not None:
         p = _cap_positives(p, positives_cap, views)
     if denominator == "all":
-        z = _over_root(z, tau)
-        return _Dense.apply(variant, z, None, p.to(z.dtype), ~(p | n))
+        z, scale = _rows_and_scale(z, tau)
+        return _Dense.apply(variant, z, None, p, ~(p | n), scale)
     s = _scores(z) / tau
     log_n = s.masked_fill(~n, -torch.inf).logsumexp(1, keepdim=True)
     if denominator == "negatives":
@@ -110,21 +110,24 @@ def _cap_positives(p, cap, views):
 
 
 class _Dense(torch.autograd.Function):
-    """(L_i of every anchor, whether it counts), from the whole matrix of scores s_ij = a_i . b_j.
+    """(L_i of every anchor, whether it counts), from the whole matrix of scores.
 
-    a (M, D) and b (N, D) are anchors and contrast set, both times tau^-1/2; w (M, N) >= 0 weighs the positives, whose
-    rows are brought to a sum of one; excluded (M, N), boolean, marks what is not in an anchor's denominator.
+    a (M, D) and b (N, D) are anchors and contrast set, b None for the anchors themselves; their products times scale
+    are the scores. w (M, N) >= 0 weighs the positives, each row is brought to a sum of one; excluded, as _fill takes
+    it, marks what is not in an anchor's denominator.
     The gradient is dL_i/ds_ij = P_ij - X_ij (A eq. 4 and 5).
     """
 
     @staticmethod
-    def forward(ctx, variant, a, b, w, excluded):
-        log_p = _fill(_product(a, (a if b is None else b).T), excluded, -torch.inf).log_softmax(1)  # log P_ij
-        total = w.sum(1, keepdim=True)
-        w, alone = w / total.clamp(min=torch.finfo(w.dtype).tiny), total == 0
+    def forward(ctx, variant, a, b, w, excluded, scale):
+        s = _product(a, (a if b is None else b).T).mul_(scale)
+        log_p = _fill(s, excluded, -torch.inf).log_softmax(1)  # log P_ij
+        total = w.sum(1, keepdim=True, dtype=s.dtype)
+        w, alone = w / total.clamp(min=torch.finfo(s.dtype).tiny), total == 0
         P = log_p.exp()
         loss, X = _equation(variant, w, _fill(log_p, excluded, 0))
         ctx.save_for_backward(a, b, P.sub_(X).masked_fill_(alone, 0))
+        ctx.scale = scale
         alone = alone.squeeze(1)
         valid = ~alone
         return loss.masked_fill_(alone, 0), valid
@@ -133,10 +136,10 @@ class _Dense(torch.autograd.Function):
     def backward(ctx, g, _):
         _first_derivative_only()
         a, b, P_minus_X = ctx.saved_tensors
-        G = g[:, None] * P_minus_X
+        G = (g * ctx.scale)[:, None] * P_minus_X
         if b is None:
-            return None, _product(G + G.T, a), None, None, None
-        return None, _product(G, b), _product(G.T, a), None, None
+            return None, _product(G + G.T, a), *[None] * 4
+        return None, _product(G, b), _product(G.T, a), *[None] * 3
 
 
 def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", reduction="mean"):
@@ -194,9 +197,9 @@ class SupConLoss(nn.Module):
         if mask is not None:
             if mask.shape != (B, B):
                 raise ValueError(f"mask must be ({B}, {B}), got {tuple(mask.shape)}")
-            z = _over_root(z, self.temperature)
+            z, scale = _rows_and_scale(z, self.temperature)
             w = _fill(mask.to(z.device, z.dtype).repeat(V, V)[:M], 0, 0)
-            terms = _Dense.apply(self.variant, z[:M], z if M < V * B else None, w, 0)
+            terms = _Dense.apply(self.variant, z[:M], z if M < V * B else None, w, 0, scale)
         else:
             y = torch.arange(B, device=z.device) if labels is None else labels.reshape(-1).to(z.device)
             if len(y) != B:
@@ -222,15 +225,16 @@ DENSE = 512  # a batch that is no larger takes the dense form, which is faster t
 
 def _anchors(variant, a, y_a, tau, b=None, y_b=None, own=0):
     """(L_i of every anchor, whether it counts), each (M,); anchor i is row own + i of the contrast set, if of any."""
-    a = _over_root(a, tau)
-    b = None if b is None else _over_root(b, tau).to(a.dtype)
+    a, scale = _rows_and_scale(a, tau)
+    b = None if b is None else _rows_and_scale(b, tau)[0].to(a.dtype)
     if y_a.ndim == 2:
         y_a, y_b = y_a.to(a.dtype), None if b is None else y_b.to(a.dtype)
     if len(a) * len(a if b is None else b) > DENSE**2:
-        return _Tiled.apply(variant, a, y_a, b, y_b, own)
+        root = math.sqrt(scale)
+        return _Tiled.apply(variant, a * root, y_a, None if b is None else b * root, y_b, own)
     y_b = y_a if b is None else y_b
-    w = _product(y_a, y_b.T) if y_a.ndim == 2 else (y_a[:, None] == y_b).to(a.dtype)
-    return _Dense.apply(variant, a, b, _fill(w, own, 0), own)
+    w = _product(y_a, y_b.T) if y_a.ndim == 2 else y_a[:, None] == y_b
+    return _Dense.apply(variant, a, b, _fill(w, own, 0), own, scale)
 
 
 class _Tiled(torch.autograd.Function):
@@ -487,8 +491,8 @@ def hard_contrastive(z, tau, k, *, views=2, reduction="mean"):
     _check(z, tau=tau, views=views)
     p, n = _positives_negatives(_image_index(z, views))
     n = _nearest_negatives(_scores(z.detach()), n, k)
-    z = _over_root(z, tau)
-    return _reduce(*_Dense.apply("out", z, None, p.to(z.dtype), ~(p | n)), reduction)
+    z, scale = _rows_and_scale(z, tau)
+    return _reduce(*_Dense.apply("out", z, None, p, ~(p | n), scale), reduction)
 
 
 def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
@@ -632,9 +636,9 @@ def _widen(z):
     return z if z.dtype in (torch.float32, torch.float64) else z.float()
 
 
-def _over_root(z, tau):
-    """z times tau^-1/2: products of such rows are s_ij/tau, and tau gets its gradient from them."""
-    return _widen(z) / (tau.sqrt() if isinstance(tau, Tensor) else math.sqrt(tau))
+def _rows_and_scale(z, tau):
+    """(rows, scale) with s_ij/tau = scale * (row i . row j); a tensor tau goes into the rows, for its gradient."""
+    return (_widen(z) / tau.sqrt(), 1.0) if isinstance(tau, Tensor) else (_widen(z), 1 / tau)
 
 
 def _fill(s, excluded, value):

@@ -16,12 +16,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 SUITES = ("tests/test_losses.py", "tests/test_theory.py", "tests/test_tiles.py")
 
 MISTAKES = [
-    ("drop the 1/|P|", "w, alone = w / total.clamp(min=torch.finfo(w.dtype).tiny), total == 0", "alone = total == 0"),
-    ("keep self in A(i)", "_Dense.apply(variant, a, b, _fill(w, own, 0), own)", "_Dense.apply(variant, a, b, _fill(w, own, 0), None)"),
+    ("drop the 1/|P|", "w, alone = w / total.clamp(min=torch.finfo(s.dtype).tiny), total == 0", "w, alone = w.to(s.dtype), total == 0"),
+    ("keep self in A(i)", "_Dense.apply(variant, a, b, _fill(w, own, 0), own, scale)", "_Dense.apply(variant, a, b, _fill(w, own, 0), None, scale)"),
     (
         "0/1 mask after the maximum",
-        "        log_p = _fill(_product(a, (a if b is None else b).T), excluded, -torch.inf).log_softmax(1)",
-        "        s = _product(a, (a if b is None else b).T)\n"
+        "        log_p = _fill(s, excluded, -torch.inf).log_softmax(1)",
         "        s = s - s.amax(1, keepdim=True)\n"
         "        log_p = _fill(s - _fill(s.exp(), excluded, 0).sum(1, keepdim=True).log(), excluded, -torch.inf)",
     ),
@@ -40,7 +39,7 @@ MISTAKES = [
         "    return torch.cat([image.repeat(views - 1), image.roll(1)])",
     ),
     ("mean over all anchors", "loss.sum() / valid.sum().clamp_(min=1)", "loss.sum() / max(len(loss), 1)"),
-    ("tau missing where it is a number", "math.sqrt(tau)", "1.0"),
+    ("tau missing where it is a number", "else (_widen(z), 1 / tau)", "else (_widen(z), 1.0)"),
     ("tiles: self in A(i)", "None if own is None else own + i - j", "None"),
     ("tiles: self in the sums of the classes", ".sub_(mine)", ".sub_(0 * mine)"),
     ("tiles: the mirror's columns forgotten", "if mirror and I != J:", "if False:"),

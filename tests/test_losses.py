@@ -232,13 +232,14 @@ def test_autocast_changes_no_bit(case, dtype, data):
 @every(lambda case: case.has_tau)
 @settings(max_examples=10)
 @given(data=st.data())
-def test_a_tensor_tau_gets_its_gradient_and_changes_no_value(case, data):
+def test_a_tensor_tau_gets_its_gradient_and_gives_the_same_value(case, data):
     b = data.draw(case.batches)
     b = b._replace(tau=max(b.tau, 0.1), z=b.z / own.MAX_NORM)
     assume(away_from_ties(case, b, EPS[torch.float64]))
     tau, rows = torch.tensor(b.tau, dtype=torch.float64, requires_grad=True), leaves(case, b)
     loss = actual(case, b._replace(tau=tau), rows)
-    assert torch.equal(loss, actual(case, b, rows))
+    plain = actual(case, b, rows).item()
+    assert abs(loss.item() - plain) <= value_bound(plain, case, b, EPS[torch.float64])
     h = 1e-5 * b.tau
     ahead, behind = (expected(case, b._replace(tau=b.tau + step)) for step in (h, -h))
     assert torch.autograd.grad(loss, tau)[0].item() == pytest.approx((ahead - behind) / (2 * h), abs=1e-6 / b.tau)
