@@ -23,6 +23,15 @@ class Refused(click.ClickException):
 
     exit_code = 2
 
+    def __init__(self, message):
+        if message.startswith("Caught Refused in DataLoader"):  # torch puts the worker's traceback before it
+            message = message.rstrip().splitlines()[-1].split("Refused: ", 1)[-1]
+        super().__init__(message)
+
+
+class Missing(Refused):
+    """A data set that is not there."""
+
 
 # ---------------------------------------------------------------- data: uint8 images, square, in memory
 
@@ -44,15 +53,17 @@ MEAN_STD = {  # the reference code's; every other data set is measured
 }
 
 
-def load_data(dataset, root, train, *, size=None, download=True, stream=False):
-    """The training or test set as Data, resized to `size` where given. Raises Refused where it cannot be had.
+def load_data(dataset, root, train, *, size=None, download=True, limit=None, stream=False):
+    """The training or test set as Data, resized to `size` where given; of a folder, the first `limit` images alone.
+
+    Raises Refused where it cannot be had, Missing where it is not there.
 
     stream: of a folder too large for memory, hold the files' names, and the pixels of a sample.
     """
     if dataset == "shapes":
         return shapes(10_000 if train else 2_000, size or 32, seed=int(train))
     if dataset == "folder":
-        return load_folder(root, train, size or 32, stream)
+        return load_folder(root, train, size or 32, limit, stream)
     sets = torchvision.datasets
     try:
         if dataset == "svhn":
@@ -69,17 +80,17 @@ def load_data(dataset, root, train, *, size=None, download=True, stream=False):
     except (RuntimeError, OSError) as e:
         way = "put its files there by hand" if download else "let --download fetch it, or put its files there"
         reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
-        raise Refused(f"--dataset {dataset} is not in --data {root} ({reason}): {way}") from e
+        raise Missing(f"--dataset {dataset} is not in --data {root} ({reason}): {way}") from e
     images, labels = images.contiguous(), torch.as_tensor(np.asarray(labels), dtype=torch.long)
     return Data(resize(images, size) if size else images, labels, list(classes))
 
 
-def load_folder(root, train, size, stream=False):
+def load_folder(root, train, size, limit=None, stream=False):
     """torchvision's ImageFolder over root/train, or root/test or root/val; shuffled once, by a fixed seed."""
     names = ["train"] if train else ["test", "val"]
     found = [Path(root, name) for name in names if Path(root, name).is_dir()]
     if not found:
-        raise Refused(f"--data {root} has no folder {' or '.join(names)}: --dataset folder wants DIR/train/CLASS/*.jpg")
+        raise Missing(f"--data {root} has no folder {' or '.join(names)}: --dataset folder wants DIR/train/CLASS/*.jpg")
     try:
         folder = torchvision.datasets.ImageFolder(found[0])
     except FileNotFoundError as e:
@@ -89,9 +100,12 @@ def load_folder(root, train, size, stream=False):
         image = read_image(sample[0])
         return TF.center_crop(TF.resize(image, size, antialias=True), size)
 
-    samples = [folder.samples[i] for i in torch.randperm(len(folder.samples), generator=generator(0)).tolist()]
+    samples = [folder.samples[i] for i in torch.randperm(len(folder.samples), generator=generator(0)).tolist()][:limit]
     n = min(SAMPLE, len(samples)) if stream else len(samples)
-    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    try:
+        images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    except RuntimeError as e:
+        raise Refused(f"{n} images at --size {size} do not fit into memory: lower --size or --limit, or try --stream") from e
     with ThreadPoolExecutor() as pool:
         for row, image in enumerate(pool.map(load, samples[:n])):
             images[row] = image
@@ -103,7 +117,7 @@ def read_image(path):
     """(3, H, W) uint8, RGB whatever the file holds."""
     try:
         return TF.pil_to_tensor(torchvision.datasets.folder.default_loader(path))
-    except OSError as e:
+    except Exception as e:  # Pillow's errors have no common class
         raise Refused(f"{path} is not a readable image: mend or remove it") from e
 
 

@@ -18,7 +18,7 @@ are the equations. reduction="none" returns one value per row, 0 for a row that 
 
 Scores are float32 or wider, without autocast and TF32; a half or bfloat16 z gets its gradient in its own type
 (in float16 that underflows for large N: use a gradient scaler). tau may be a tensor and then gets its gradient;
-labels and class probabilities get none. Second derivatives are not to be had: they raise. Shapes and options that
+labels and class probabilities get none. Second derivatives of what is made of scores raise. Shapes and options that
 cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
 """
 
@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 def supcon_out(z, y, tau=0.1, *, denominator="all", positives_cap=None, views=2, reduction="mean"):
     """L_out, the paper's loss (A eq. 2): mean_i -1/|P(i)| sum_{p in P(i)} log( exp(s_ip/tau) / D_ip ).
 
-    z (N, D) features, taken as given; y (N,) labels, or (N, C) class probabilities, which weigh a pair by
+    z (N, D) features, taken as given; y (N,) labels, or (N, C > 1) class probabilities, which weigh a pair by
     their inner product; tau a positive number or tensor. D_ip is the sum of exp(s_ia/tau) over
       "all"           P(i) and N(i), that is A(i): the paper; the one that holds no N x N matrix
       "one_positive"  p and N(i)
@@ -149,14 +149,12 @@ def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="ou
     sides. A(i) is the contrast set; where `own` is given its row own + i is anchor i itself and left out. Both
     sides get gradients. Returns a scalar, or (M,) values.
     """
-    _check(z, y, tau=tau, probabilities=True)
-    _check(contrast, y_contrast, probabilities=True)
     _check_word("variant", variant, ("out", "in"))
-    if contrast.shape[1] != z.shape[1] or y_contrast.shape[1:] != y.shape[1:]:
-        shapes = [tuple(x.shape) for x in (contrast, y_contrast, z, y)]
-        raise ValueError("contrast {}, y_contrast {} do not go with z {}, y {}".format(*shapes))
-    if own is not None and not 0 <= own <= len(contrast) - len(z):
-        raise ValueError(f"own must lie in 0 ... {len(contrast) - len(z)}, got {own}")
+    _check(z, y, tau=tau, probabilities=True)
+    _check_contrast(z, y, contrast, y_contrast)
+    if own is not None and not (isinstance(own, int) and 0 <= own <= len(contrast) - len(z)):
+        raise ValueError(f"own must be a whole number in 0 ... {len(contrast) - len(z)}, got {own}")
+    contrast, y_contrast = contrast.clone(), y_contrast.clone()  # a memory may move on before the backward
     return _reduce(*_anchors(variant, z, y, tau, contrast, y_contrast, own), reduction)
 
 
@@ -244,13 +242,14 @@ class _Tiled(torch.autograd.Function):
         b, y_b = (a, y_a) if mirror else (b, y_b)
         sums = _positive_sums(F.pad(b, (0, 1), value=1.0), y_b, y_a, own)
         weight = sums[:, -1]  # |P(i)|, or the sum of the products of class probabilities
-        alone = weight <= (0 if y_a.ndim == 1 else 1e-6 * y_a.square().sum(1))  # less than that is rounding
+        rounding = 1e-6 if a.device.type == "mps" else 1e-12  # of sums that an anchor itself was taken from
+        alone = weight <= (0 if y_a.ndim == 1 or own is None else rounding * y_a.square().sum(1))
         weight = weight.masked_fill(alone, 1)
         mean = sums[:, :-1] / weight[:, None]  # c_i
         labels = (y_a, y_b) if variant == "in" else (None, None)
         lse = _lse(a, b, *labels, own, mirror)
         loss = lse[0] - (a * mean).sum(1) if variant == "out" else lse[0] - lse[1] + weight.log()
-        ctx.save_for_backward(a, b, y_a, y_b, lse, mean, weight, alone)
+        ctx.save_for_backward(a, b, y_a.clone(), y_b.clone(), lse, mean, weight, alone)
         ctx.variant, ctx.own, ctx.mirror = variant, own, mirror
         valid = ~alone
         return loss.masked_fill_(alone, 0), valid
@@ -523,7 +522,8 @@ def alignment(z, *, views=2):
     _check(z, views=views)
     v = _widen(z).unflatten(0, (views, -1))  # (V, n, D)
     first, second = torch.triu_indices(views, views, 1)
-    return (v[first] - v[second]).square().sum(2).mean()
+    d = (v[first] - v[second]).square().sum(2)
+    return d.sum() / max(d.numel(), 1)
 
 
 def tolerance(z, y):
@@ -544,8 +544,12 @@ def supcon_sharded(z, y, tau=0.1, *, queue=None, variant="out"):
     queue (features, labels), the same on every rank, joins the contrast set. For NT-Xent let y number the images of
     all ranks. Without a process group this is the loss of one process.
     """
-    _check(z, y, tau=tau, probabilities=True)
     _check_word("variant", variant, ("out", "in"))
+    _check(z, y, tau=tau, probabilities=True)
+    if queue is not None:
+        _check_contrast(z, y, *queue)
+    if not y.is_floating_point():
+        y = y.long()  # what every backend can gather
     contrast = ()  # one process: its rows are their own contrast set
     if queue is not None or _world_size() > 1:
         contrast, y_contrast = all_gather_rows(z), all_gather_rows(y)
@@ -561,7 +565,9 @@ def global_mean(values, valid):
     Exact under DistributedDataParallel's averaging where shards are unequal and a mean of local means is not: what
     is added to a loss, a cross-entropy head for one, needs it as well.
     """
-    total, count = torch.where(valid, values, 0).sum(), valid.sum()
+    if valid.shape != values.shape or valid.dtype != torch.bool:
+        raise ValueError(f"valid must be boolean {tuple(values.shape)}, got {valid.dtype} {tuple(valid.shape)}")
+    total, count = torch.where(valid, _widen(values), 0).sum(), valid.sum()
     return _AllReduce.apply(total) / _AllReduce.apply(count).clamp(min=1)
 
 
@@ -638,7 +644,8 @@ def _widen(z):
 
 def _rows_and_scale(z, tau):
     """(rows, scale) with s_ij/tau = scale * (row i . row j); a tensor tau goes into the rows, for its gradient."""
-    return (_widen(z) / tau.sqrt(), 1.0) if isinstance(tau, Tensor) else (_widen(z), 1 / tau)
+    z = _widen(z)
+    return (z / tau.to(z.dtype).sqrt(), 1.0) if isinstance(tau, Tensor) else (z, 1 / tau)
 
 
 def _fill(s, excluded, value):
@@ -691,15 +698,28 @@ def _reduce(loss, valid, reduction):
 def _check(z, y=None, *, tau=1.0, views=1, probabilities=False):
     if z.ndim != 2:
         raise ValueError(f"z must be (N, D), got {tuple(z.shape)}")
-    if y is not None and (y.ndim not in (1, 1 + probabilities) or len(y) != len(z)):
+    if y is not None and not isinstance(y, Tensor):
+        raise ValueError(f"y must be a tensor, got {type(y).__name__}")
+    if y is not None and (y.ndim not in (1, 1 + probabilities) or len(y) != len(z) or y.shape[1:] == (1,)):
         raise ValueError(f"y must have one label for each row of z {tuple(z.shape)}, got {tuple(y.shape)}")
     if views < 1 or len(z) % views:
         raise ValueError(f"the rows of z must be a multiple of views >= 1, got {len(z)} rows and views = {views}")
     _check_tau(tau)
 
 
+def _check_contrast(z, y, contrast, y_contrast):
+    _check(contrast, y_contrast, probabilities=True)
+    kinds = y.is_floating_point(), y_contrast.is_floating_point()
+    if contrast.shape[1] != z.shape[1] or y_contrast.shape[1:] != y.shape[1:] or kinds[0] != kinds[1]:
+        shapes = [f"{x.dtype} {tuple(x.shape)}" for x in (contrast, y_contrast, z, y)]
+        raise ValueError("contrast {}, its labels {} do not go with z {}, y {}".format(*shapes))
+
+
 def _check_tau(tau):
-    if not isinstance(tau, torch.Tensor) and not tau > 0:  # a tensor's value is not read: that would break compilation
+    if isinstance(tau, Tensor):  # its value is not read: that would break compilation
+        if tau.ndim:
+            raise ValueError(f"a tensor tau must have no axis, got {tuple(tau.shape)}")
+    elif not tau > 0:
         raise ValueError(f"tau must be positive, got {tau}")
 
 

@@ -36,7 +36,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import losses
 from images import (
-    DATASETS, POLICIES, Data, Refused, ViewParameters, draw_view, generator, load_data, make_view, mean_and_std, normalize, worker_batches,
+    DATASETS, POLICIES, Data, Missing, Refused, ViewParameters, draw_view, generator, load_data, make_view, mean_and_std, normalize, worker_batches,
     shuffled, shuffled_pairs,
 )  # fmt: skip
 
@@ -207,8 +207,10 @@ def learning_rate(config, step, steps_per_epoch):
 def choose_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
+        x = torch.zeros(1, device=name)
+        x.item()  # "meta" has no values
+        return x.device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise Refused(f"--device {name} cannot be used here: leave it out, or try --device cpu") from e
 
 
@@ -219,7 +221,10 @@ def setup_ranks(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as e:
+        raise Refused("LOCAL_RANK is set, but torchrun's other variables make no process group: start with torchrun, or unset it") from e
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -288,9 +293,11 @@ def cut_log(path, step):
 
 def describe_run(config, world):
     """What config.json holds: every option, and what the numbers were made with."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
+    try:
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = None
     device = torch.cuda.get_device_name() if config.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
     return {
         "options": vars(config),
@@ -310,11 +317,14 @@ def load_on_every_rank(config):
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         dist.barrier()
-    data = load_data(config.dataset, config.data, True, size=config.size, download=config.download and first, stream=config.stream)
+    source = {"size": config.size, "download": config.download and first, "stream": config.stream}
+    data = load_data(config.dataset, config.data, True, limit=config.limit, **source)
     try:
-        test = load_data(config.dataset, config.data, False, size=config.size, download=config.download and first)
-    except Refused:
+        test = load_data(config.dataset, config.data, False, **source)
+    except Missing:
         test = None
+    if test is not None and list(test.classes) != list(data.classes):
+        raise Refused(f"--data {config.data}: the training and the test set differ in their classes: give them the same folders")
     if first and dist.is_initialized():
         dist.barrier()
     n = min(config.limit or len(data.labels), len(data.labels))
@@ -355,6 +365,7 @@ def complete(config, data, world):
         (loss == "ce" and config.ce_weight, "--ce-weight joins cross-entropy to another --loss than ce: leave it out"),
         (config.ce_detach and not config.ce_weight, "--ce-detach needs a classifier: give --ce-weight as well"),
         (config.nesterov and not config.momentum, "--nesterov needs a --momentum above 0"),
+        ((config.micro_batch or config.batch // world) * config.views < 2, "batch norm needs two rows at a time: raise --batch, --micro-batch or --views"),
         (config.batch % world, f"--batch {config.batch} is not a multiple of the {world} ranks: choose one that is"),
         (config.batch // world % (config.micro_batch or 1), f"--micro-batch {config.micro_batch} does not divide the {config.batch // world} images of a rank: choose one that does"),
         (config.sync_bn and (world == 1 or not config.device.startswith("cuda")), "--sync-bn needs several GPUs: leave it out"),
@@ -385,6 +396,8 @@ def train(config, resume=None):
     say = click.echo if rank == 0 else (lambda *a, **k: None)
     data, test = load_on_every_rank(config)
     complete(config, data, world)
+    if resume and list(data.classes) != resume["classes"]:
+        raise Refused(f"--data {config.data} holds other classes than the run began with: name the run's own data")
     run, share, V = Path(config.run), config.batch // world, config.views
     mine = slice(rank * share, (rank + 1) * share)  # of the global batch
     M = config.micro_batch or share
@@ -562,7 +575,8 @@ def diagnose(model, z, views, data, test, mean, std):
     found["uniformity"] = losses.uniformity(z).item()
     if test is not None:
         n = len(data.labels)
-        bank, query = min(views * n // 20, 10_000), min(views * n // 50, 2_500, len(test.labels))
+        bank = max(1, min(views * n // 20, 10_000, len(data.images)))
+        query = max(1, min(views * n // 50, 2_500, len(test.images)))
         r = features(model.encoder, torch.cat([data.images[:bank], test.images[:query]]), mean, std, model.autocast)
         found["knn_top1"] = knn_top1(r[:bank], data.labels[:bank].to(r.device), r[bank:], test.labels[:query].to(r.device))
     found["diagnosis_seconds"] = round(time.perf_counter() - start, 2)
@@ -653,7 +667,7 @@ MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "micro_batch"
 @click.option("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="On all weights.")
 @click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9, help="SGD's.")
 @click.option("--nesterov", is_flag=True, help="Nesterov's momentum.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of weights, order and views.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of weights, order and views.")
 @click.option("--run-dir", "run", show_default="runs/DATASET-ARCH-LOSS-sSEED", help="Folder for log and checkpoint.")
 @click.option("--resume", metavar="RUN", help="Go on with the run in this folder; --epochs may extend it.")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
@@ -668,11 +682,13 @@ def main(context, resume, **options):
     if resume:
         contents = load_checkpoint(Path(resume, "ckpt.pt"))
         given = {k for k in options if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
-        changed = {k for k in given - MAY_CHANGE if options[k] != contents["config"][k]}
+        old = context.command.make_context("pretrain", []).params | contents["config"]  # older runs lack the newer options
+        old.pop("resume", None)
+        changed = {k for k in given - MAY_CHANGE if options[k] != old[k]}
         if changed:
             names = ", ".join("--" + k.replace("_", "-") for k in sorted(changed))
             raise Refused(f"--resume keeps the run's recipe: leave out {names}, or start a new run")
-        options = options | contents["config"] | {k: options[k] for k in given & MAY_CHANGE} | {"run": str(Path(resume))}
+        options = old | {k: options[k] for k in given & MAY_CHANGE} | {"run": str(Path(resume))}
     config = SimpleNamespace(**options)
     light = config.dataset == "shapes"
     config.arch = config.arch or ("small" if light else "resnet50")

@@ -79,7 +79,7 @@ def soft_batches(draw, **parts):
     z, y, tau, views = draw(batches(**parts))
     n = len(y) // views
     rng = np.random.default_rng(draw(seeds))
-    hard = np.eye(y.max() + 1)[y[:n]]
+    hard = np.eye(max(y.max() + 1, 2))[y[:n]]
     share = np.maximum(rng.uniform(-0.5, 1, size=(n, 1)), 0)
     mixed = (1 - share) * hard + share * hard[rng.permutation(n)]
     return Batch(z, np.tile(mixed, (views, 1)), tau, views)

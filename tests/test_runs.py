@@ -11,8 +11,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-import linear_probe
 import images
+import linear_probe
 import pretrain
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -180,12 +180,7 @@ def test_probe_metrics_by_hand():
 
 
 def test_transfer_resizes_another_data_set_to_the_checkpoints_size(trained, tmp_path):
-    for split in ("train", "test"):
-        for name, value in (("dark", 40), ("light", 220)):
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(4):
-                noise = torch.randint(-20, 20, (3, 30, 24))
-                TF.to_pil_image((value + noise).to(torch.uint8)).save(tmp_path / split / name / f"{i}.png")
+    folder_of(tmp_path, ["train", "test"], ["dark", "light"])
     result = linear_probe.main([str(trained / "ckpt.pt"), "--dataset", "folder", "--data", str(tmp_path)], standalone_mode=False)
     assert result["top1"] == 100 and result["test_images"] == 8 and (trained / "probe-folder.json").exists()
 
@@ -202,11 +197,7 @@ def refusal(script, arguments, monkeypatch, capsys):
 
 @pytest.mark.parametrize("augment", ["sim", "auto"])
 def test_a_streamed_folder_trains_on_the_same_views_with_and_without_workers(augment, tmp_path):
-    for name, value in (("dark", 40), ("light", 220)):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        for i in range(4):
-            noise = torch.randint(-20, 20, (3, 90, 70), generator=torch.Generator().manual_seed(i))
-            TF.to_pil_image((value + noise).to(torch.uint8)).save(tmp_path / "train" / name / f"{i}.png")
+    folder_of(tmp_path, ["train"], ["dark", "light"], size=(90, 70))
     options = ["--dataset", "folder", "--data", str(tmp_path), "--size", "70", "--stem", "3x3", "--arch", "small", "--stream", "--augment", augment]
     options += ["--batch", "4", "--epochs", "1", "--log-every", "1", "--precision", "float64", "--lr", "1e-9", "--warmup", "0"]
     logs = []
@@ -257,6 +248,9 @@ BAD = [
     (["--workers", "-1"], "--workers"),
     (["--stream"], "--stream reads --dataset folder"),
     (["--sync-bn"], "--sync-bn needs several GPUs"),
+    (["--micro-batch", "1", "--loss", "ce"], "raise --batch, --micro-batch or --views"),
+    (["--device", "meta"], "--device meta"),
+    (["--seed", "99999999999999999999"], "--seed"),
     (["--warmup", "4"], "--warmup 4.0 must be shorter than --epochs 4"),
     (["--warmup", "-1"], "--warmup"),
     (["--warmup-from", "-1"], "--warmup-from"),
@@ -277,6 +271,58 @@ def test_bad_options_give_one_line_and_status_2(arguments, words, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert words in refusal(pretrain, [*SMALL, *arguments], monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
+
+
+def folder_of(root, splits, classes, count=4, size=(30, 24)):
+    """ImageFolder's layout with pictures of noise, brighter class by class."""
+    for split in splits:
+        for k, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                noise = torch.randint(-20, 20, (3, *size), generator=torch.Generator().manual_seed(i))
+                TF.to_pil_image((40 + 60 * k + noise).to(torch.uint8)).save(root / split / name / f"{i}.png")
+
+
+FOLDER = ["--dataset", "folder", "--arch", "small", "--size", "16", "--batch", "4", "--epochs", "1", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("options", [[], ["--stream"], ["--stream", "--workers", "0"]], ids=" ".join)
+@pytest.mark.parametrize("contents", [b"", b"no picture", "cut"], ids=["empty", "text", "broken chunk"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_corrupt_image_is_named_in_one_line(split, contents, options, tmp_path, monkeypatch, capsys):
+    folder_of(tmp_path, ["train", "test"], ["a", "b"])
+    path = tmp_path / split / "b" / "2.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60] + b"xxxx" + whole[64:] if contents == "cut" else contents)
+    monkeypatch.setattr(images, "SAMPLE", 1 if split == "train" else images.SAMPLE)  # of a streamed folder: met by a worker
+    assert str(path) in refusal(pretrain, [*FOLDER, "--data", tmp_path, "--run-dir", tmp_path / "run", *options], monkeypatch, capsys)
+
+
+def test_folders_whose_classes_do_not_match_are_refused(tmp_path, monkeypatch, capsys):
+    folder_of(tmp_path, ["train"], ["a", "b"])
+    folder_of(tmp_path, ["test"], ["b"])
+    assert "differ in their classes" in refusal(pretrain, [*FOLDER, "--data", tmp_path, "--run-dir", tmp_path / "run"], monkeypatch, capsys)
+
+
+def test_resume_refuses_a_folder_of_other_classes_and_takes_an_older_checkpoint(tmp_path, monkeypatch, capsys):
+    folder_of(tmp_path / "two", ["train"], ["a", "b"])
+    folder_of(tmp_path / "three", ["train"], ["a", "b", "c"])
+    run = tmp_path / "run"
+    pretrain.main([*FOLDER, "--data", str(tmp_path / "two"), "--loss", "ce", "--run-dir", str(run)], standalone_mode=False)
+    assert "other classes" in refusal(pretrain, ["--resume", run, "--epochs", "2", "--data", tmp_path / "three"], monkeypatch, capsys)
+    contents = pretrain.load_checkpoint(run / "ckpt.pt")
+    for option in ("micro_batch", "sync_bn", "compile", "stream", "workers"):
+        del contents["config"][option]
+    torch.save(contents, run / "ckpt.pt")
+    assert "--sync-bn" in refusal(pretrain, ["--resume", run, "--epochs", "2", "--sync-bn"], monkeypatch, capsys)
+    pretrain.main(["--resume", str(run), "--epochs", "2", "--micro-batch", "2"], standalone_mode=False)
+    assert log_of(run)[-1]["epoch"] == 2
+
+
+@pytest.mark.parametrize("limit", ["8", "24"])
+def test_a_handful_of_images_is_diagnosed_too(limit, tmp_path):
+    pretrain.main([*SMALL, "--limit", limit, "--batch", "4", "--epochs", "1", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
+    assert 0 <= log_of(tmp_path / "run")[-1]["knn_top1"] <= 100
 
 
 def test_a_run_folder_is_never_overwritten(trained, monkeypatch, capsys):

@@ -298,10 +298,60 @@ def test_no_matrix_of_all_scores_is_kept_for_the_backward():
         assert 0 < sum(kept.values()) <= 10 * z.numel() * 8  # N x N would be 50
 
 
+def test_probabilities_with_tiny_overlaps_count_in_tiles_too():
+    """Overlaps of 1e-9 beside an own product of 1: exact arithmetic has them all count."""
+    N, e = 40, 1e-9
+    z, y = rows_of(N, 1, 8), (1 - e) * torch.eye(N, dtype=torch.double) + e / N
+    values = []
+    for size in (None, 7):
+        with tiles_of(size):
+            values.append(losses.supcon_out(z, y).item())
+    assert values[0] > 1 and values[1] == pytest.approx(values[0], rel=1e-5)
+    apart = torch.eye(N, dtype=torch.double)
+    with tiles_of(7):
+        assert losses.supcon_out(z, apart).item() == 0
+        peaked = torch.tensor([[1e-10, 1 - 1e-10]], dtype=torch.double).expand(N, 2)
+        alone = torch.tensor([[1.0, 0.0]], dtype=torch.double).expand(N, 2)
+        assert losses.supcon_against(z, alone, z, peaked).item() > 1
+
+
+@pytest.mark.parametrize("size", [None, 5], ids=["dense", "tiles"])
+def test_a_memory_may_move_on_before_the_backward(size):
+    z, y = rows_of(8, 2, 4), torch.arange(16) % 3
+    grads = []
+    for moves in (False, True):
+        anchors, memory, labels = z.clone().requires_grad_(), z.clone(), y.clone()
+        with tiles_of(size):
+            loss = losses.supcon_against(anchors, y, memory, labels) + losses.supcon_sharded(anchors, y, queue=(memory, labels))
+            if moves:
+                memory[:4] = 0
+                labels[:4] = 5
+            grads.append(torch.autograd.grad(loss, anchors)[0])
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_narrow_tensor_tau_is_its_own_value(dtype):
+    z, y, tau = rows_of(8, 2, 4), torch.arange(16) % 8 % 3, torch.tensor(0.07, dtype=dtype)
+    assert losses.supcon_out(z, y, tau).item() == pytest.approx(losses.supcon_out(z, y, tau.item()).item(), rel=1e-12)
+
+
+def test_the_global_mean_of_half_values_does_not_overflow_and_small_label_types_gather():
+    assert losses.global_mean(torch.full((20000,), 7.0, dtype=torch.half), torch.ones(20000, dtype=torch.bool)) == 7
+    z, y = rows_of(8, 2, 4), torch.arange(16) % 8 % 3
+    for dtype in (torch.int16, torch.uint8):
+        assert torch.equal(losses.supcon_sharded(z, y.to(dtype)), losses.supcon_sharded(z, y))
+
+
 BAD = {
     "another width": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 4), torch.zeros(5)), {}, r"\(5, 4\)"),
     "labels too few": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(4)), {}, r"\(4,\)"),
     "labels and probabilities": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5, 2)), {}, r"\(5, 2\)"),
+    "labels of another kind": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5).long()), {}, r"int64 \(5,\)"),
+    "labels in a column": ((torch.ones(3, 2), torch.zeros(3, 1), torch.ones(5, 2), torch.zeros(5, 1)), {}, r"\(3, 1\)"),
+    "labels in a list": ((torch.ones(3, 2), [0, 0, 0], torch.ones(5, 2), torch.zeros(5)), {}, "list"),
+    "tau with an axis": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5), torch.ones(3)), {}, r"\(3,\)"),
+    "own no number": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"own": 1.0}, r"1\.0"),
     "own too far": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"own": 3}, r"\b3\b"),
     "variant": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"variant": "up"}, "up"),
 }
@@ -311,3 +361,13 @@ BAD = {
 def test_bad_arguments_of_supcon_against_raise_and_are_named(arguments, options, offender):
     with pytest.raises(ValueError, match=offender):
         losses.supcon_against(*arguments, **options)
+
+
+def test_bad_arguments_of_what_joins_ranks_raise_and_are_named():
+    z, y = torch.ones(3, 2), torch.zeros(3)
+    with pytest.raises(ValueError, match=r"\(2,\)"):
+        losses.supcon_sharded(z, y, queue=(torch.ones(4, 2), torch.zeros(2)))
+    with pytest.raises(ValueError, match=r"\(4, 5\)"):
+        losses.supcon_sharded(z, y, queue=(torch.ones(4, 5), torch.zeros(4)))
+    with pytest.raises(ValueError, match=r"\(3, 1\)"):
+        losses.global_mean(y, torch.ones(3, 1, dtype=torch.bool))
