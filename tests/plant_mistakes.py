@@ -39,7 +39,7 @@ MISTAKES = [
         "    return torch.cat([image.repeat(views - 1), image.roll(1)])",
     ),
     ("mean over all anchors", "loss.sum() / valid.sum().clamp_(min=1)", "loss.sum() / max(len(loss), 1)"),
-    ("tau missing where it is a number", "else (_widen(z), 1 / tau)", "else (_widen(z), 1.0)"),
+    ("tau missing where it is a number", "else (z, 1 / tau)", "else (z, 1.0)"),
     ("tiles: self in A(i)", "None if own is None else own + i - j", "None"),
     ("tiles: self in the sums of the classes", ".sub_(mine)", ".sub_(0 * mine)"),
     ("tiles: the mirror's columns forgotten", "if mirror and I != J:", "if False:"),
