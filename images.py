@@ -43,9 +43,7 @@ class Data(NamedTuple):
     files: list | None = None  # of a streamed folder, the path of every image
 
 
-SAMPLE = 10_000
-
-
+SAMPLE = 10_000  # images that mean and standard deviation are measured on
 DATASETS = ("cifar10", "cifar100", "svhn", "fashionmnist", "folder", "shapes")
 MEAN_STD = {  # the reference code's; every other data set is measured
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -54,14 +52,14 @@ MEAN_STD = {  # the reference code's; every other data set is measured
 
 
 def load_data(dataset, root, train, *, size=None, download=True, limit=None, stream=False):
-    """The training or test set as Data, resized to `size` where given; of a folder, the first `limit` images alone.
+    """The first `limit` images of the training or test set as Data, resized to `size` where given.
 
     Raises Refused where it cannot be had, Missing where it is not there.
-
     stream: of a folder too large for memory, hold the files' names, and the pixels of a sample.
     """
     if dataset == "shapes":
-        return shapes(10_000 if train else 2_000, size or 32, seed=int(train))
+        images, labels, classes, _ = shapes(10_000 if train else 2_000, size or 32, seed=int(train))
+        return Data(images[:limit], labels[:limit], classes)
     if dataset == "folder":
         return load_folder(root, train, size or 32, limit, stream)
     sets = torchvision.datasets
@@ -81,8 +79,14 @@ def load_data(dataset, root, train, *, size=None, download=True, limit=None, str
         way = "put its files there by hand" if download else "let --download fetch it, or put its files there"
         reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
         raise Missing(f"--dataset {dataset} is not in --data {root} ({reason}): {way}") from e
-    images, labels = images.contiguous(), torch.as_tensor(np.asarray(labels), dtype=torch.long)
+    images, labels = images[:limit].contiguous(), torch.as_tensor(np.asarray(labels)[:limit], dtype=torch.long)
     return Data(resize(images, size) if size else images, labels, list(classes))
+
+
+def require_same_classes(train, test, root):
+    """Labels are places in the list of classes: of two sets they mean the same only if the lists do."""
+    if train.classes != test.classes:
+        raise Refused(f"--data {root}: the training and the test set differ in their classes: give them the same folders")
 
 
 def load_folder(root, train, size, limit=None, stream=False):
@@ -125,7 +129,7 @@ def mean_and_std(dataset, images):
     """Of each channel, for images in [0, 1]."""
     if dataset in MEAN_STD:
         return [torch.tensor(v) for v in MEAN_STD[dataset]]
-    pixels = images[:10_000].float().div(255).transpose(0, 1).flatten(1)
+    pixels = images[:SAMPLE].float().div(255).transpose(0, 1).flatten(1)
     return pixels.mean(1), pixels.std(1).clamp(min=1e-3)
 
 
@@ -211,7 +215,7 @@ def draw_view(n, size, augment, g, crop=True):
 
 
 def make_view(images, view, mean, std):
-    """images (n, 3, H, H) uint8 -> (n, 3, H, H) float32: cropped, flipped, jittered, greyed, normalised."""
+    """images (n, 3, H, H) uint8 -> (n, 3, H, H) float32: cropped, flipped, jittered, greyed, blurred, normalised."""
     x = crop_and_flip(images.float() / 255, view.box, view.flip)
     jitters = (brightness, contrast, saturation, hue)
     for j in view.order:
@@ -294,6 +298,9 @@ def hue(x, shift):
     sector = sector + 6 * shift.squeeze(1)
     k = (torch.stack([sector + 5, sector + 3, sector + 1], 1)) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- views of single images, in workers
 
 
 POLICIES = ("auto", "rand", "stacked-rand")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from images import DATASETS, Refused, load_data
+from images import DATASETS, Refused, load_data, require_same_classes
 from pretrain import bfloat16_is_fast, build_encoder, choose_device, features, load_checkpoint, run_command
 
 
@@ -139,10 +139,9 @@ def main(checkpoint, dataset, data, download, limit, with_baselines, device, **f
     frozen = load_encoder(checkpoint, device)
     own = frozen.config["dataset"]
     dataset, data, before = dataset or own, data or frozen.config["data"], fingerprint(frozen.encoder)
-    train, test = (load_data(dataset, data, part, size=frozen.config["size"], download=download) for part in (True, False))
-    if train.classes != test.classes:
-        raise Refused(f"--data {data}: the classes of the training and the test set differ; they must be the same folders")
-    train = train._replace(images=train.images[:limit], labels=train.labels[:limit])
+    source = {"size": frozen.config["size"], "download": download}
+    train, test = load_data(dataset, data, True, limit=limit, **source), load_data(dataset, data, False, **source)
+    require_same_classes(train, test, data)
     y_train, y_test = train.labels.to(device), test.labels.to(device)
 
     start = time.perf_counter()

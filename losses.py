@@ -86,7 +86,7 @@ def _supcon(variant, z, y, tau, denominator, positives_cap, views):
         log_ratio = torch.where(p, s - log_n, 0)
     else:
         log_ratio = torch.where(p, s - torch.logaddexp(s, log_n), 0)
-    loss, _ = _equation(variant, _rows_to_one(p.to(s.dtype)), log_ratio)
+    loss, _ = _equation(variant, _rows_to_one(p, s.dtype), log_ratio)
     return torch.where(p.any(1), loss, 0), p.any(1)
 
 
@@ -122,8 +122,8 @@ class _Dense(torch.autograd.Function):
     def forward(ctx, variant, a, b, w, excluded, scale):
         s = _product(a, (a if b is None else b).T).mul_(scale)
         log_p = _fill(s, excluded, -torch.inf).log_softmax(1)  # log P_ij
-        total = w.sum(1, keepdim=True, dtype=s.dtype)
-        w, alone = w / total.clamp(min=torch.finfo(s.dtype).tiny), total == 0
+        w = _rows_to_one(w, s.dtype)
+        alone = w.sum(1, keepdim=True) == 0
         P = log_p.exp()
         loss, X = _equation(variant, w, _fill(log_p, excluded, 0))
         ctx.save_for_backward(a, b, P.sub_(X).masked_fill_(alone, 0))
@@ -204,8 +204,8 @@ class SupConLoss(nn.Module):
                 raise ValueError(f"labels must be ({B},) for features {tuple(features.shape)}, got {len(y)}")
             y = y.repeat(V)
             terms = _anchors(self.variant, z[:M], y[:M], self.temperature, *(() if M == len(z) else (z, y)))
-        scale = 1 if self.base_temperature is None else self.temperature / self.base_temperature
-        return scale * _reduce(*terms, "mean")
+        factor = 1 if self.base_temperature is None else self.temperature / self.base_temperature
+        return factor * _reduce(*terms, "mean")
 
 
 # ---------------------------------------------------------------- the same losses in tiles, without an N x N matrix
@@ -240,7 +240,8 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx, variant, a, y_a, b, y_b, own):
         mirror = b is None
         b, y_b = (a, y_a) if mirror else (b, y_b)
-        sums = _positive_sums(F.pad(b, (0, 1), value=1.0), y_b, y_a, own)
+        summed = b if variant == "out" else b[:, :0]  # L_in asks for |P(i)| alone
+        sums = _positive_sums(F.pad(summed, (0, 1), value=1.0), y_b, y_a, own)
         weight = sums[:, -1]  # |P(i)|, or the sum of the products of class probabilities
         rounding = 1e-6 if a.device.type == "mps" else 1e-12  # of sums that an anchor itself was taken from
         alone = weight <= (0 if y_a.ndim == 1 or own is None else rounding * y_a.square().sum(1))
@@ -434,7 +435,7 @@ def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"
         loss = hinge(torch.where(valid, farthest - nearest, 0) + margin)
     elif mining == "semihard":
         d_n = _semihard_negatives(d, n)
-        loss = (hinge(d - d_n + margin) * _rows_to_one(p.to(d.dtype))).sum(1)
+        loss = (hinge(d - d_n + margin) * _rows_to_one(p, d.dtype)).sum(1)
     else:
         loss = _mean_over_triplets(d, p, n, margin, hinge)
     return _reduce(torch.where(valid, loss, 0), valid, reduction)
@@ -452,7 +453,7 @@ def _mean_over_triplets(d, p, n, margin, hinge):
     """Mean over P(i) x N(i), one positive of every anchor at a time: N^2 numbers in memory, not N^3."""
     count = p.sum(1)
     d_p = d.gather(1, p.int().argsort(dim=1, descending=True, stable=True))  # the positives of each row first
-    w = _rows_to_one(n.to(d.dtype))
+    w = _rows_to_one(n, d.dtype)
 
     def kth_positive(k, d_p, d):
         return torch.where(k < count, (hinge(d_p[:, k, None] - d + margin) * w).sum(1), 0)
@@ -501,7 +502,7 @@ def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
     s = _scores(z)
     if k is not None:
         n = _nearest_negatives(s, n, k)
-    loss = -(_rows_to_one(p.to(s.dtype)) * s).sum(1) + lam * (n * s).sum(1)
+    loss = -(_rows_to_one(p, s.dtype) * s).sum(1) + lam * (n * s).sum(1)
     return _reduce(torch.where(p.any(1), loss, 0), p.any(1), reduction)
 
 
@@ -552,10 +553,11 @@ def supcon_sharded(z, y, tau=0.1, *, queue=None, variant="out"):
         y = y.long()  # what every backend can gather
     contrast = ()  # one process: its rows are their own contrast set
     if queue is not None or _world_size() > 1:
-        contrast, y_contrast = all_gather_rows(z), all_gather_rows(y)
+        start, N = _place(z)
+        contrast, y_contrast = _gather(z, start, N), _gather(y, start, N)
         if queue is not None:
             contrast, y_contrast = torch.cat([contrast, queue[0]]), torch.cat([y_contrast, queue[1]])
-        contrast = contrast, y_contrast, _place(z)[0]
+        contrast = contrast, y_contrast, start
     return global_mean(*_anchors(variant, z, y, tau, *contrast))
 
 
@@ -578,7 +580,10 @@ def all_gather_rows(z):
     global gradient after DistributedDataParallel's averaging: the backward sums W equal gradients, DDP divides.
     Shards may be unequal or empty. Without a process group the rows are z's.
     """
-    start, N = _place(z)
+    return _gather(z, *_place(z))
+
+
+def _gather(z, start, N):
     return _AllReduce.apply(torch.cat([z.new_zeros(start, *z.shape[1:]), z, z.new_zeros(N - start - len(z), *z.shape[1:])]))
 
 
@@ -685,9 +690,9 @@ def _log(w):
     return w.clamp(min=torch.finfo(w.dtype).tiny).log().masked_fill(w == 0, -torch.inf)
 
 
-def _rows_to_one(w):
-    """Weights of each row divided by their sum; a row of zeros stays zero."""
-    return w / w.sum(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+def _rows_to_one(w, dtype):
+    """Weights, or a boolean choice, of each row divided by their sum; a row of zeros stays zero."""
+    return w / w.sum(1, keepdim=True, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
 
 
 def _reduce(loss, valid, reduction):

@@ -36,8 +36,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import losses
 from images import (
-    DATASETS, POLICIES, Data, Missing, Refused, ViewParameters, draw_view, generator, load_data, make_view, mean_and_std, normalize, worker_batches,
-    shuffled, shuffled_pairs,
+    DATASETS, POLICIES, Missing, Refused, ViewParameters, draw_view, generator, load_data, make_view, mean_and_std, normalize,
+    require_same_classes, shuffled, shuffled_pairs, worker_batches,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- encoder, projection head, classifier head
@@ -323,12 +323,11 @@ def load_on_every_rank(config):
         test = load_data(config.dataset, config.data, False, **source)
     except Missing:
         test = None
-    if test is not None and list(test.classes) != list(data.classes):
-        raise Refused(f"--data {config.data}: the training and the test set differ in their classes: give them the same folders")
+    if test is not None:
+        require_same_classes(data, test, config.data)
     if first and dist.is_initialized():
         dist.barrier()
-    n = min(config.limit or len(data.labels), len(data.labels))
-    return Data(data.images[:n], data.labels[:n], data.classes, data.files and data.files[:n]), test
+    return data, test
 
 
 def complete(config, data, world):

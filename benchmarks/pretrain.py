@@ -29,15 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import images
 import losses
 import pretrain
-
-
-def textbook(z, y, tau):
-    s = z @ z.T / tau
-    s = s - s.max(1, keepdim=True).values.detach()
-    others = 1 - torch.eye(len(z), device=z.device)
-    p = (y[:, None] == y).float() * others
-    log_p = s - (s.exp() * others).sum(1, keepdim=True).log()
-    return -((p * log_p).sum(1) / p.sum(1)).mean()
+from benchmarks.losses import textbook_out
 
 
 def sim_augment(size, mean, std):
@@ -102,7 +94,7 @@ def steps_of(config, data, workers):
     def usual_step():
         first, second, y = next(batches)
         z, _ = usual(torch.cat([first, second]).to(device))
-        descend(usual_sgd, textbook(z, y.to(device).repeat(2), 0.1))
+        descend(usual_sgd, textbook_out(z, y.to(device).repeat(2)))
 
     alone, alone_sgd = trained(autocast, torch.channels_last)
     ready = torch.randn(2 * config.batch, 3, config.size, config.size, device=device).contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 SUITES = ("tests/test_losses.py", "tests/test_theory.py", "tests/test_tiles.py")
 
 MISTAKES = [
-    ("drop the 1/|P|", "w, alone = w / total.clamp(min=torch.finfo(s.dtype).tiny), total == 0", "w, alone = w.to(s.dtype), total == 0"),
+    ("drop the 1/|P|", "w = _rows_to_one(w, s.dtype)", "w = w.to(s.dtype)"),
     ("keep self in A(i)", "_Dense.apply(variant, a, b, _fill(w, own, 0), own, scale)", "_Dense.apply(variant, a, b, _fill(w, own, 0), None, scale)"),
     (
         "0/1 mask after the maximum",
