@@ -51,6 +51,14 @@ MEAN_STD = {  # the reference code's; every other data set is measured
 }
 
 
+FILES = {  # what torchvision looks for, or unpacks, in the folder of the data sets
+    "cifar10": "cifar-10-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html)",
+    "cifar100": "cifar-100-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html)",
+    "svhn": "train_32x32.mat and test_32x32.mat (ufldl.stanford.edu/housenumbers)",
+    "fashionmnist": "FashionMNIST/raw/ with the four *-ubyte files, unzipped (github.com/zalandoresearch/fashion-mnist)",
+}
+
+
 def load_data(dataset, root, train, *, size=None, download=True, limit=None, stream=False):
     """The first `limit` images of the training or test set as Data, resized to `size` where given.
 
@@ -75,8 +83,8 @@ def load_data(dataset, root, train, *, size=None, download=True, limit=None, str
             images, labels, classes = torch.from_numpy(d.data).permute(0, 3, 1, 2), d.targets, d.classes
     except ModuleNotFoundError as e:
         raise Refused(f"--dataset {dataset} needs the package {e.name}: pip install {e.name}") from e
-    except (RuntimeError, OSError) as e:
-        way = "put its files there by hand" if download else "let --download fetch it, or put its files there"
+    except Exception as e:  # a download, a wrong checksum, a damaged file: torchvision's readers have no common error
+        way = f"put {FILES[dataset]} there by hand" + ("" if download else ", or let --download fetch it")
         reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
         raise Missing(f"--dataset {dataset} is not in --data {root} ({reason}): {way}") from e
     images, labels = images[:limit].contiguous(), torch.as_tensor(np.asarray(labels)[:limit], dtype=torch.long)

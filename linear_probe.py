@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from images import DATASETS, Refused, load_data, require_same_classes
-from pretrain import bfloat16_is_fast, build_encoder, choose_device, features, load_checkpoint, run_command
+from pretrain import NOT_NEGATIVE, POSITIVE, bfloat16_is_fast, build_encoder, choose_device, features, run_command
+from run_folder import load_checkpoint, load_state, write_aside
 
 
 class Frozen(NamedTuple):
@@ -38,7 +39,7 @@ def load_encoder(path, device):
     contents = load_checkpoint(path)
     config = contents["config"]
     encoder, _ = build_encoder(config["arch"], config["stem"])
-    encoder.load_state_dict(contents["encoder"])
+    load_state(encoder, contents["encoder"], path)
     encoder.eval().requires_grad_(False).to(device, torch.float32, memory_format=torch.channels_last)
     autocast = torch.bfloat16 if config["precision"] in ("auto", "bfloat16") and bfloat16_is_fast(device) else None
     return Frozen(encoder, contents["mean"].to(device), contents["std"].to(device), config, autocast)
@@ -128,20 +129,23 @@ def baselines(frozen, train, test, y_train, y_test, **fit):
 @click.option("--limit", type=click.IntRange(min=2), show_default="all", help="Fit on the first N training images.")
 @click.option("--epochs", type=click.IntRange(min=1), default=100, help="Passes over the features.")
 @click.option("--batch", type=click.IntRange(min=1), default=512, help="Images in a step.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=0.1, help="Peak learning rate, on standardised features.")
-@click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, help="On the classifier.")
+@click.option("--lr", type=POSITIVE, default=0.1, help="Peak learning rate, on standardised features.")
+@click.option("--weight-decay", type=NOT_NEGATIVE, default=0.0, help="On the classifier.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the order of the images.")
 @click.option("--baselines", "with_baselines", is_flag=True, help="Also probe raw pixels and an untrained encoder.")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
 def main(checkpoint, dataset, data, download, limit, with_baselines, device, **fit):
-    """Fit a linear classifier to the frozen features of CHECKPOINT (a ckpt.pt of pretrain.py) and test it."""
+    """Fit a linear classifier to the frozen features of CHECKPOINT (a ckpt.pt of pretrain.py, or its folder) and test it."""
     device = choose_device(device)
+    checkpoint = checkpoint / "ckpt.pt" if checkpoint.is_dir() else checkpoint
     frozen = load_encoder(checkpoint, device)
     own = frozen.config["dataset"]
     dataset, data, before = dataset or own, data or frozen.config["data"], fingerprint(frozen.encoder)
     source = {"size": frozen.config["size"], "download": download}
     train, test = load_data(dataset, data, True, limit=limit, **source), load_data(dataset, data, False, **source)
     require_same_classes(train, test, data)
+    if len(train.classes) < 2:
+        raise Refused(f"--data {data} has one class alone: a classifier needs two")
     y_train, y_test = train.labels.to(device), test.labels.to(device)
 
     start = time.perf_counter()
@@ -173,13 +177,14 @@ def main(checkpoint, dataset, data, download, limit, with_baselines, device, **f
         raise RuntimeError("the encoder changed while it was probed")
 
     suffix = "" if dataset == own else f"-{dataset}"
+    contents = {"format": "supcon-probe-1", "classes": train.classes, **classifier.state_dict()}
     try:
-        (checkpoint.parent / f"probe{suffix}.json").write_text(json.dumps(result, indent=1) + "\n")
-        torch.save({"format": "supcon-probe-1", "classes": train.classes, **classifier.state_dict()}, checkpoint.parent / f"classifier{suffix}.pt")
-    except OSError as e:
-        raise Refused(f"{checkpoint.parent} cannot be written ({e.strerror}): copy the checkpoint to a folder that can") from e
+        write_aside(checkpoint.with_name(f"classifier{suffix}.pt"), lambda f: torch.save(contents, f))
+        write_aside(checkpoint.with_name(f"probe{suffix}.json"), lambda f: f.write(json.dumps(result, indent=1).encode() + b"\n"))
+    except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
+        raise Refused(f"{checkpoint.parent} cannot be written ({e}): free space, or copy the checkpoint to a folder that can") from e
     return result
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, lower="--limit")

@@ -6,18 +6,16 @@
     python pretrain.py --resume runs/cifar10-resnet50-supcon-s0                 # go on where a run stopped
     python linear_probe.py runs/cifar10-resnet50-supcon-s0/ckpt.pt              # stage 2
 
-A run folder holds config.json (options and versions), log.jsonl (an object per logged step and per epoch) and
-ckpt.pt. `--batch` is the number of images over all ranks; every image gives `--views` rows of the batch.
+A run folder holds config.json, log.jsonl and checkpoints (run_folder.py). `--batch` is the number of images over all ranks; every image gives `--views` rows of the batch.
 Data order and views depend on (seed, epoch, position in the global batch) alone: not on the number of ranks,
-and not on whether the run was interrupted.
+and not on whether the run was interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run.
 """
 
 import contextlib
-import json
 import math
 import os
-import platform
-import subprocess
+import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -39,6 +37,7 @@ from images import (
     DATASETS, POLICIES, Missing, Refused, ViewParameters, draw_view, generator, load_data, make_view, mean_and_std, normalize,
     require_same_classes, shuffled, shuffled_pairs, worker_batches,
 )  # fmt: skip
+from run_folder import Journal, checkpoint_of, describe_run, load_state, newest_checkpoint, refusal_of, refuse_unusable, signals_noted
 
 # ---------------------------------------------------------------- encoder, projection head, classifier head
 
@@ -222,10 +221,19 @@ def setup_ranks(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as e:
         raise Refused("LOCAL_RANK is set, but torchrun's other variables make no process group: start with torchrun, or unset it") from e
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def anywhere(*flags):
+    """Which of the flags hold on any rank. On the CPU: no rank waits for its GPU to say so."""
+    if not dist.is_initialized():
+        return flags
+    held = torch.tensor([bool(flag) for flag in flags], dtype=torch.int32)
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    return held.bool().tolist()
 
 
 def gather_views(rows, views):
@@ -258,58 +266,64 @@ def knn_top1(bank, bank_labels, query, query_labels, k=200, tau=0.07):
     return 100 * (votes.argmax(1) == query_labels).float().mean().item()
 
 
-# ---------------------------------------------------------------- run folder
+# ---------------------------------------------------------------- what a run needs, completed and checked
 
 
-def save_checkpoint(path, contents):
-    """Written aside, flushed, renamed: a kill at any moment leaves the last good one."""
-    aside = path.with_suffix(".tmp")
-    with open(aside, "wb") as f:
-        torch.save(contents, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
-
-
-def load_checkpoint(path):
-    """The contents of a checkpoint of ours, plain tensors and types. Raises Refused for anything else."""
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise Refused(f"there is no checkpoint {path}: name the ckpt.pt of a run folder") from e
-    except Exception as e:
-        raise Refused(f"{path} cannot be read as a checkpoint of pretrain.py ({type(e).__name__})") from e
-    if not isinstance(contents, dict) or contents.get("format") != "supcon-pretrain-1":
-        raise Refused(f"{path} is not a checkpoint of pretrain.py")
-    return contents
-
-
-def cut_log(path, step):
-    """Drops the lines that a killed run wrote after its last checkpoint."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept))
-
-
-def describe_run(config, world):
-    """What config.json holds: every option, and what the numbers were made with."""
-    try:
-        describe = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = None
-    device = torch.cuda.get_device_name() if config.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
-    return {
-        "options": vars(config),
-        "device": device,
-        "world": world,
-        "threads": torch.get_num_threads(),
-        "commit": commit or None,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__},
+def complete_options(config, world):
+    """Fills in the defaults that depend on the loss, and refuses what cannot work whatever the data."""
+    recipe = RECIPES[config.loss]
+    fill = {
+        "tau": recipe.tau,
+        "views": recipe.views,
+        "lr": recipe.lr * config.batch / 1024,
+        "warmup": min(10.0, config.epochs / 10),
+        "run": f"runs/{config.dataset}-{config.arch}-{config.loss}-s{config.seed}",
     }
+    fill_in(config, fill)
+    if config.loss_scale is None:
+        config.loss_scale = config.tau / 0.07 if recipe.scaled else 1.0
+
+    loss, pairs, share = config.loss, config.loss == "n-pair", config.batch // world
+    refuse([
+        (config.warmup >= config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}"),
+        (config.stream and config.dataset != "folder", "--stream reads --dataset folder: leave it out"),
+        (recipe.tau is None and config.tau is not None, f"--tau has no meaning for --loss {loss}: leave it out"),
+        (loss == "simclr" and config.views < 2, "--loss simclr needs a second view of each image: --views 2"),
+        (pairs and config.views != 1, "--loss n-pair takes one view of each of two images: --views 1"),
+        (pairs and config.batch % 2, "--loss n-pair takes pairs of images: choose an even --batch"),
+        (loss == "ce" and config.ce_weight, "--ce-weight joins cross-entropy to another --loss than ce: leave it out"),
+        (config.ce_detach and not config.ce_weight, "--ce-detach needs a classifier: give --ce-weight as well"),
+        (config.nesterov and not config.momentum, "--nesterov needs a --momentum above 0"),
+        (config.batch % world, f"--batch {config.batch} is not a multiple of the {world} ranks: choose one that is"),
+        (share % (config.micro_batch or 1), f"--micro-batch {config.micro_batch} does not divide the {share} images of a rank: choose one that does"),
+        ((config.micro_batch or share) * config.views < 2, "batch norm needs two rows at a time: raise --batch, --micro-batch or --views"),
+        (config.sync_bn and (world == 1 or not config.device.startswith("cuda")), "--sync-bn needs several GPUs: leave it out"),
+    ])  # fmt: skip
 
 
-# ---------------------------------------------------------------- training
+def complete_from_data(config, data):
+    """Fills in the defaults that depend on the data, and refuses data that the options do not fit."""
+    n, size, C = len(data.labels), data.images.shape[-1], len(data.classes)
+    fill_in(config, {"size": size, "stem": "3x3" if size <= 64 else "7x7", "num_classes": C})
+    lone = config.loss == "n-pair" and torch.bincount(data.labels, minlength=C).min() < 2
+    labelled = config.loss != "simclr" or config.ce_weight
+    refuse([
+        (n < config.batch, f"--batch {config.batch} is larger than the {n} training images: lower --batch"),
+        (C < 2 and labelled, f"--data {config.data} has one class alone: --loss {config.loss} needs two, --loss simclr none"),
+        (lone, "--loss n-pair needs two images of every class: raise --limit or mend the data"),
+    ])
+
+
+def fill_in(config, defaults):
+    for name, value in defaults.items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+
+
+def refuse(refusals):
+    for wrong, why in refusals:
+        if wrong:
+            raise Refused(why)
 
 
 def load_on_every_rank(config):
@@ -330,48 +344,15 @@ def load_on_every_rank(config):
     return data, test
 
 
-def complete(config, data, world):
-    """Fills in the defaults that depend on the loss, the data or the encoder, and refuses what cannot work."""
-    n, size = len(data.labels), data.images.shape[-1]
-    recipe = RECIPES[config.loss]
-    fill = {
-        "tau": recipe.tau,
-        "views": recipe.views,
-        "lr": recipe.lr * config.batch / 1024,
-        "warmup": min(10.0, config.epochs / 10),
-        "size": size,
-        "stem": "3x3" if size <= 64 else "7x7",
-        "num_classes": len(data.classes),
-        "run": f"runs/{config.dataset}-{config.arch}-{config.loss}-s{config.seed}",
-    }
-    for name, value in fill.items():
-        if getattr(config, name, None) is None:
-            setattr(config, name, value)
-    if config.loss_scale is None:
-        config.loss_scale = config.tau / 0.07 if recipe.scaled else 1.0
+def require_same_data(config, data, contents):
+    """A step is a place in the epochs of the data that the run began with."""
+    if list(data.classes) != contents["classes"]:
+        raise Refused(f"--data {config.data} holds other classes than the run began with: name the run's own data")
+    if len(data.labels) != contents.get("images", len(data.labels)):
+        raise Refused(f"--data {config.data} holds {len(data.labels)} images, the run began with {contents['images']}: name the run's own data")
 
-    loss, pairs = config.loss, config.loss == "n-pair"
-    lone_class = pairs and torch.bincount(data.labels, minlength=len(data.classes)).min() < 2
-    refusals = [
-        (n < config.batch, f"--batch {config.batch} is larger than the {n} training images: lower --batch"),
-        (config.warmup >= config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}"),
-        (config.stream and config.dataset != "folder", "--stream reads --dataset folder: leave it out"),
-        (recipe.tau is None and config.tau is not None, f"--tau has no meaning for --loss {loss}: leave it out"),
-        (loss == "simclr" and config.views < 2, "--loss simclr needs a second view of each image: --views 2"),
-        (pairs and config.views != 1, "--loss n-pair takes one view of each of two images: --views 1"),
-        (pairs and config.batch % 2, "--loss n-pair takes pairs of images: choose an even --batch"),
-        (lone_class, "--loss n-pair needs two images of every class: raise --limit or mend the data"),
-        (loss == "ce" and config.ce_weight, "--ce-weight joins cross-entropy to another --loss than ce: leave it out"),
-        (config.ce_detach and not config.ce_weight, "--ce-detach needs a classifier: give --ce-weight as well"),
-        (config.nesterov and not config.momentum, "--nesterov needs a --momentum above 0"),
-        ((config.micro_batch or config.batch // world) * config.views < 2, "batch norm needs two rows at a time: raise --batch, --micro-batch or --views"),
-        (config.batch % world, f"--batch {config.batch} is not a multiple of the {world} ranks: choose one that is"),
-        (config.batch // world % (config.micro_batch or 1), f"--micro-batch {config.micro_batch} does not divide the {config.batch // world} images of a rank: choose one that does"),
-        (config.sync_bn and (world == 1 or not config.device.startswith("cuda")), "--sync-bn needs several GPUs: leave it out"),
-    ]
-    for wrong, why in refusals:
-        if wrong:
-            raise Refused(why)
+
+# ---------------------------------------------------------------- training
 
 
 def build_model(config, autocast):
@@ -392,15 +373,27 @@ def train(config, resume=None):
     resume: the contents of a checkpoint to go on from. Every rank of a torchrun calls this with the same arguments.
     """
     rank, world, device = setup_ranks(torch.device(config.device))
+    entry, trouble = train_on_rank(config, resume, rank, world, device)
+    if world > 1:  # gloo aborts at exit unless the ranks meet after DistributedDataParallel is gone
+        dist.barrier()
+        dist.destroy_process_group()
+    if trouble:
+        raise trouble
+    return entry
+
+
+def train_on_rank(config, resume, rank, world, device):
+    """(last log entry, None), or (None, what the user is to be told) where the ranks agreed to end."""
     say = click.echo if rank == 0 else (lambda *a, **k: None)
-    data, test = load_on_every_rank(config)
-    complete(config, data, world)
-    if resume and list(data.classes) != resume["classes"]:
-        raise Refused(f"--data {config.data} holds other classes than the run began with: name the run's own data")
+    complete_options(config, world)
     run, share, V = Path(config.run), config.batch // world, config.views
+    refuse_unusable(run, resuming=resume is not None)
+    data, test = load_on_every_rank(config)
+    complete_from_data(config, data)
+    if resume:
+        require_same_data(config, data, resume)
     mine = slice(rank * share, (rank + 1) * share)  # of the global batch
-    M = config.micro_batch or share
-    parts = [slice(i, i + M) for i in range(mine.start, mine.stop, M)]
+    parts = [slice(i, i + (config.micro_batch or share)) for i in range(mine.start, mine.stop, config.micro_batch or share)]
     steps_per_epoch = len(data.labels) // config.batch
     total = config.epochs * steps_per_epoch
 
@@ -412,37 +405,85 @@ def train(config, resume=None):
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
     )
     mean, std = (v.to(device, dtype) for v in mean_and_std(config.dataset, data.images))
-    step, seconds = 0, 0.0
+    step = 0
     if resume:
-        for name, module in model.named_children():  # encoder, projection, classifier
-            module.load_state_dict(resume[name])
-        optimizer.load_state_dict(resume["optimizer"])
-        torch.set_rng_state(resume["rng"])
-        step, seconds = resume["step"], resume["seconds"]
+        step = resume["step"]
+        restore(model, optimizer, resume, run)
+        if step > total:
+            raise Refused(f"--epochs {config.epochs} ends before step {step}, where the run stands: raise --epochs")
     if config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.compile:
         model.encoder.compile()
     parallel = DistributedDataParallel(model) if world > 1 else model
 
-    log = None
-    if rank == 0:
-        open_run_folder(run, config, world, resume)
-        log = open(run / "log.jsonl", "a", buffering=1)
+    def contents(losses_of_epoch, seconds):
+        return checkpoint_of(config, model, optimizer, step, seconds, losses_of_epoch, mean, std, data)
+
     collapse, floor = collapse_and_floor(config, data.labels)
+    journal = Journal(config, contents, resume, steps_per_epoch, collapse) if rank == 0 else None
+    trouble = refusal_of(journal.open, run, describe_run(config, world)) if journal else None
+    if anywhere(trouble)[0]:
+        return None, trouble or SystemExit(2)
     announce(say, config, data, test, model, autocast, collapse, floor, world)
 
-    in_workers = config.stream or config.augment in POLICIES
-    images, labels = None if in_workers else data.images.to(device), data.labels.to(device)
-    entry, losses_of_epoch, epoch_start, shown = None, [], time.perf_counter(), 0.0
-    while step < total:
+    labels, stop, failed = data.labels.to(device), False, False
+    with signals_noted() as asked:
+        for rows, views_of in batches(config, data, parts, mean, std, range(step, total), steps_per_epoch):
+
+            def loss_of(z, logits):
+                return total_loss(config, z, logits, labels[rows[mine]], torch.arange(mine.start, mine.stop, device=device))
+
+            lr = learning_rate(config, step, steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad()
+            if len(parts) == 1:
+                z, logits = parallel(views_of(mine))
+                loss = loss_of(z, logits)
+                loss.backward()
+            else:
+                loss, z = cached_gradients(model, parallel, parts, views_of, loss_of, V)
+            optimizer.step()
+            step += 1
+
+            z = gather_views(z.detach(), V) if step % steps_per_epoch == 0 else None
+            if journal:
+                trouble = refusal_of(journal.note, step, loss.detach(), lr, lambda: diagnose(model, z, V, data, test, mean, std))
+            stop, failed = anywhere(asked, trouble)
+            if stop or failed:
+                break
+    if journal and not trouble:
+        trouble = refusal_of(journal.close, step)
+    if trouble or failed:
+        return None, trouble or SystemExit(2)
+    if stop:
+        say(f"stopped after step {step} of {total}; this goes on:\n{resume_command(run)}")
+    else:
+        say(f"done: python linear_probe.py {run}/ckpt.pt")
+    return journal and journal.entry, None
+
+
+def restore(model, optimizer, contents, run):
+    """The state of a checkpoint."""
+    for name, module in model.named_children():  # encoder, projection, classifier
+        load_state(module, contents.get(name), run)
+    load_state(optimizer, contents["optimizer"], run)
+    torch.set_rng_state(contents["rng"])
+
+
+def batches(config, data, parts, mean, std, steps, steps_per_epoch):
+    """Of each step: (rows of the global batch, views_of), where views_of(part) makes a part's views (V m, 3, H, W)."""
+    in_workers, device, V = config.stream or config.augment in POLICIES, mean.device, config.views
+    images, order = None if in_workers else data.images.to(device), None
+    for step in steps:
         epoch, position = divmod(step, steps_per_epoch)
-        if position == 0 or not losses_of_epoch:
+        if position == 0 or order is None:
             order = (shuffled_pairs if config.loss == "n-pair" else shuffled)(data.labels, generator(config.seed, 0, epoch))
             if in_workers:
                 items = worker_items(config, order, epoch, range(position, steps_per_epoch), parts)
                 ready = worker_batches(data, config.augment, items, config.workers)
-        rows = order[position * config.batch : (position + 1) * config.batch].to(device)  # of the global batch
+        rows = order[position * config.batch : (position + 1) * config.batch].to(device)
         keys = [(config.seed, 1, epoch, position, v) for v in range(V)]
         draws = [draw_view(config.batch, config.size, config.augment, generator(*key), crop=not in_workers) for key in keys]
         if in_workers:
@@ -453,61 +494,7 @@ def train(config, resume=None):
             made = [make_view(x, part_of(draw, part, device), mean, std) for x, draw in zip(pixels, draws)]
             return torch.cat(made).contiguous(memory_format=torch.channels_last)
 
-        def loss_of(z, logits):
-            return total_loss(config, z, logits, labels[rows[mine]], torch.arange(mine.start, mine.stop, device=device))
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, steps_per_epoch)
-        optimizer.zero_grad()
-        if len(parts) == 1:
-            z, logits = parallel(views_of(mine))
-            loss = loss_of(z, logits)
-            loss.backward()
-        else:
-            loss, z = cached_gradients(model, parallel, parts, views_of, loss_of, V)
-        optimizer.step()
-        step += 1
-        losses_of_epoch.append(loss.detach())
-
-        last = position + 1 == steps_per_epoch
-        if step % config.log_every == 0 or last:
-            now = time.perf_counter() - epoch_start
-            rate = len(losses_of_epoch) * config.batch / now
-            entry = {"step": step, "epoch": epoch + 1, "loss": loss.item(), "lr": group["lr"], "images_per_s": round(rate, 1)}
-            if not math.isfinite(entry["loss"]):
-                raise Refused(
-                    f"the loss is {entry['loss']} at step {step} (learning rate {group['lr']:.4g}): lower --lr or lengthen "
-                    f"--warmup; {run}/ckpt.pt is the last good checkpoint, if an epoch had ended"
-                )
-            if rank == 0:
-                log.write(json.dumps(entry) + "\n")
-            if last or time.perf_counter() - shown > 10:
-                shown = time.perf_counter()
-                left = (total - step) * config.batch / rate
-                say(f"epoch {epoch + 1}/{config.epochs} step {step}/{total}  loss {entry['loss']:.4f}  lr {group['lr']:.4g}  "
-                    f"{rate:.0f} images/s  {left / 60:.1f} min left")
-        if last:
-            seconds += time.perf_counter() - epoch_start
-            z = gather_views(z.detach(), V)
-            entry = {"step": step, "epoch": epoch + 1, "mean_loss": torch.stack(losses_of_epoch).mean().item()}
-            if rank == 0:
-                entry |= {"seconds": round(seconds, 2)} | diagnose(model, z, V, data, test, mean, std)
-                log.write(json.dumps(entry) + "\n")
-                say("  " + "  ".join(f"{k} {v:.4g}" for k, v in entry.items() if isinstance(v, float)))
-                if collapse and abs(entry["mean_loss"] - collapse) < 0.01 * collapse:
-                    say(f"  warning: the loss sits at its collapse value {collapse:.4f}: all features are alike. "
-                        "Lower --lr, lengthen --warmup or raise --tau", err=True)
-                save_checkpoint(run / "ckpt.pt", checkpoint_of(config, model, optimizer, step, seconds, mean, std, data.classes))
-            losses_of_epoch, epoch_start = [], time.perf_counter()
-
-    say(f"done: python linear_probe.py {run}/ckpt.pt")
-    if log:
-        log.close()
-    if world > 1:  # gloo aborts at exit unless the ranks meet and DDP is gone before the group is
-        dist.barrier()
-        del parallel
-        dist.destroy_process_group()
-    return entry
+        yield rows, views_of
 
 
 def worker_items(config, order, epoch, steps, parts):
@@ -582,32 +569,10 @@ def diagnose(model, z, views, data, test, mean, std):
     return found
 
 
-def checkpoint_of(config, model, optimizer, step, seconds, mean, std, classes):
-    return {
-        "format": "supcon-pretrain-1",
-        "config": vars(config),
-        "step": step,
-        "seconds": seconds,
-        **{name: module.state_dict() for name, module in model.named_children()},  # encoder, projection, classifier
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "mean": mean.cpu().float(),
-        "std": std.cpu().float(),
-        "classes": list(classes),
-    }
-
-
-def open_run_folder(run, config, world, resume):
-    log = run / "log.jsonl"
-    if resume:
-        return cut_log(log, resume["step"])
-    if log.exists():
-        raise Refused(f"--run-dir {run} already holds a run: go on with --resume {run}, or name another --run-dir")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(describe_run(config, world), indent=1) + "\n")
-    except OSError as e:
-        raise Refused(f"--run-dir {run} cannot be written ({e.strerror}): name another --run-dir") from e
+def resume_command(run):
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    start = f"torchrun --nproc_per_node={ranks}" if ranks else "python"
+    return f"{start} {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(run))}"
 
 
 def announce(say, config, data, test, model, autocast, collapse, floor, world):
@@ -627,10 +592,27 @@ def announce(say, config, data, test, model, autocast, collapse, floor, world):
 # ---------------------------------------------------------------- the command line
 
 
-POSITIVE, NOT_NEGATIVE = click.FloatRange(min=0, min_open=True), click.FloatRange(min=0)
+class Finite(click.FloatRange):
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value} is not a finite number.", param, ctx)
+
+
+POSITIVE, NOT_NEGATIVE = Finite(min=0, min_open=True), Finite(min=0)
 COUNT = click.IntRange(min=1)
 ARCHS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet200")
-MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "micro_batch", "compile", "workers"}  # on --resume
+MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "save_minutes", "micro_batch", "compile", "workers"}  # on --resume
+MEANT_FOR = [  # (options, where they mean something, in words); what --resume takes over needs no check
+    (["margin"], lambda o: o["loss"] in ("triplet", "max-margin"), "--loss triplet and max-margin"),
+    (["mining"], lambda o: o["loss"] == "triplet", "--loss triplet"),
+    (["npair_l2"], lambda o: o["loss"] == "n-pair", "--loss n-pair"),
+    (["loss_scale", "proj_depth", "proj_hidden", "proj_dim"], lambda o: o["loss"] != "ce", "a contrastive --loss"),
+    (["stem"], lambda o: (o["arch"] or ("small" if o["dataset"] == "shapes" else "")) != "small", "the ResNets"),
+]
+
+
+def names_of(context, options):
+    return ", ".join(sorted(next(p.opts[0] for p in context.command.params if p.name == k) for k in options))
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -649,7 +631,7 @@ MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "micro_batch"
 @click.option("--margin", type=NOT_NEGATIVE, show_default="0.2 for triplet, 1 for max-margin", help="Margin of triplet and max-margin.")
 @click.option("--mining", type=click.Choice(["semihard", "hard", "all"]), default="semihard", help="Which triplets.")
 @click.option("--npair-l2", type=NOT_NEGATIVE, default=0.02, help="Weight of the mean squared norm in n-pair.")
-@click.option("--ce-weight", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="w of (1 - w) contrastive + w cross-entropy, trained jointly.")
+@click.option("--ce-weight", type=Finite(0, 1, max_open=True), default=0.0, help="w of (1 - w) contrastive + w cross-entropy, trained jointly.")
 @click.option("--ce-detach", is_flag=True, help="Stop the classifier's gradient at the encoder.")
 @click.option("--arch", type=click.Choice(ARCHS), show_default="small for shapes, else resnet50", help="Encoder; small has 0.34 M weights.")
 @click.option("--stem", type=click.Choice(["3x3", "7x7"]), show_default="3x3 up to 64 pixels", help="First layers of a ResNet.")
@@ -664,7 +646,7 @@ MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "micro_batch"
 @click.option("--warmup", type=NOT_NEGATIVE, show_default="10, at most a tenth of --epochs", help="Epochs of linear warm-up.")
 @click.option("--warmup-from", type=NOT_NEGATIVE, default=0.01, help="Learning rate at step 0.")
 @click.option("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="On all weights.")
-@click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9, help="SGD's.")
+@click.option("--momentum", type=Finite(0, 1, max_open=True), default=0.9, help="SGD's.")
 @click.option("--nesterov", is_flag=True, help="Nesterov's momentum.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of weights, order and views.")
 @click.option("--run-dir", "run", show_default="runs/DATASET-ARCH-LOSS-sSEED", help="Folder for log and checkpoint.")
@@ -673,21 +655,27 @@ MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "micro_batch"
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32", "float64"]), default="auto", help="auto: bfloat16 autocast where the hardware has it.")
 @click.option("--sync-bn", is_flag=True, help="Batch norm over all ranks (on GPUs).")
 @click.option("--compile", is_flag=True, help="torch.compile the encoder.")
+@click.option("--save-minutes", type=NOT_NEGATIVE, default=10, help="Checkpoint at least this often, and after every epoch.")
 @click.option("--log-every", type=COUNT, default=10, help="Steps between log entries.")
 @click.pass_context
 def main(context, resume, **options):
     """Contrastive pretraining: an encoder and a projection head, one loss, one loop."""
+    given = {k for k in options if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
     contents = None
     if resume:
-        contents = load_checkpoint(Path(resume, "ckpt.pt"))
-        given = {k for k in options if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
-        old = context.command.make_context("pretrain", []).params | contents["config"]  # older runs lack the newer options
-        old.pop("resume", None)
-        changed = {k for k in given - MAY_CHANGE if options[k] != old[k]}
+        contents, warning = newest_checkpoint(Path(resume))
+        if warning:
+            click.echo(warning, err=True)
+        defaults = context.command.make_context("pretrain", []).params  # older runs lack the newer options
+        old = {k: contents["config"].get(k, defaults[k]) for k in options}
+        changed = [k for k in options if k in given - MAY_CHANGE and options[k] != old[k]]
         if changed:
-            names = ", ".join("--" + k.replace("_", "-") for k in sorted(changed))
-            raise Refused(f"--resume keeps the run's recipe: leave out {names}, or start a new run")
+            raise Refused(f"--resume keeps the run's recipe: leave out {names_of(context, changed)}, or start a new run")
         options = old | {k: options[k] for k in given & MAY_CHANGE} | {"run": str(Path(resume))}
+    else:
+        for names, fits, where in MEANT_FOR:
+            if given & set(names) and not fits(options):
+                raise Refused(f"{names_of(context, given & set(names))} has a meaning for {where} alone: leave it out")
     config = SimpleNamespace(**options)
     light = config.dataset == "shapes"
     config.arch = config.arch or ("small" if light else "resnet50")
@@ -697,16 +685,31 @@ def main(context, resume, **options):
     train(config, contents)
 
 
-def run_command(command):
-    """Runs a click command; what the user can put right ends in one line and exit status 2."""
+def run_command(command, lower="--micro-batch, --batch, --size or --limit"):
+    """Runs a click command; what the user can put right ends in one line and exit status 2.
+
+    lower: the options that lower its need of memory.
+    """
     try:
         command(standalone_mode=False)
     except click.ClickException as e:
-        click.echo(f"error: {e.format_message()}", err=True)
-        sys.exit(2)
+        line = e.format_message()
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        line = f"not enough memory ({str(e).splitlines()[0] if str(e) else 'MemoryError'}): lower {lower}"
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
+    else:
+        return
+    click.echo(f"error: {' '.join(line.split())}", err=True)
+    sys.exit(2)
+
+
+def is_out_of_memory(e):
+    allocation = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed", "invalid for storage size")
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(words in str(e) for words in allocation)
 
 
 if __name__ == "__main__":

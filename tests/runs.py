@@ -1,0 +1,70 @@
+"""What the tests of whole runs share: starting the scripts, reading what they leave, making folders of images."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as TF
+
+import pretrain
+from run_folder import load_checkpoint
+
+PROJECT = Path(__file__).resolve().parent.parent
+SMALL = ["--dataset", "shapes", "--size", "16", "--limit", "200", "--batch", "50", "--epochs", "4", "--log-every", "1", "--device", "cpu"]
+FOLDER = ["--dataset", "folder", "--arch", "small", "--size", "16", "--batch", "4", "--epochs", "1", "--device", "cpu"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(*arguments, output=subprocess.DEVNULL):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=PROJECT, env=ONE_THREAD, stdout=output, stderr=output, text=True)
+
+
+def python(*arguments, **options):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=PROJECT, env=ONE_THREAD, capture_output=True, text=True, timeout=300, **options)
+
+
+def log_of(run):
+    """The log without its clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "seconds" not in k and k != "images_per_s"} for line in lines]
+
+
+def state_of(run):
+    """The checkpoint without its clock and the options, which name the folder."""
+    return {k: v for k, v in load_checkpoint(run / "ckpt.pt").items() if k not in ("seconds", "config")}
+
+
+def same_bits(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b
+
+
+def refusal(script, arguments, monkeypatch, capsys):
+    """The one line on stderr with which a script ends, at exit status 2, for what a user can put right."""
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.run_command(script.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    return error
+
+
+def folder_of(root, splits, classes, count=4, size=(30, 24)):
+    """ImageFolder's layout with pictures of noise, brighter class by class."""
+    for split in splits:
+        for k, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                noise = torch.randint(-20, 20, (3, *size), generator=torch.Generator().manual_seed(i))
+                TF.to_pil_image((40 + 60 * k + noise).to(torch.uint8)).save(root / split / name / f"{i}.png")
