@@ -109,8 +109,7 @@ def load_folder(root, train, size, limit=None, stream=False):
         raise Refused(f"--data {found[0]}: {str(e).splitlines()[0]}") from e
 
     def load(sample):
-        image = read_image(sample[0])
-        return TF.center_crop(TF.resize(image, size, antialias=True), size)
+        return to_size(read_image(sample[0]), size)
 
     samples = [folder.samples[i] for i in torch.randperm(len(folder.samples), generator=generator(0)).tolist()][:limit]
     n = min(SAMPLE, len(samples)) if stream else len(samples)
@@ -133,12 +132,36 @@ def read_image(path):
         raise Refused(f"{path} is not a readable image: mend or remove it") from e
 
 
+def take(data, rows):
+    """The images at `rows`, in this order."""
+    files = None if data.files is None else [data.files[row] for row in rows.tolist()]
+    images = data.images[rows] if data.files is None else data.images  # of a streamed folder: the sample stays
+    return data._replace(images=images, labels=data.labels[rows], files=files)
+
+
+def stratified(labels, fraction, g):
+    """Rows of a `fraction` of every class, at least one image of each, in the order of the data."""
+    members = (m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels))
+    return torch.cat([m[: max(1, round(fraction * len(m)))] for m in members]).sort().values
+
+
+def with_label_noise(labels, share, num_classes, g):
+    """Labels of which each is, with probability `share`, another one, all others equally likely (symmetric noise)."""
+    other = (labels + torch.randint(1, max(num_classes, 2), labels.shape, generator=g)) % num_classes
+    return torch.where(torch.rand(labels.shape, generator=g) < share, other, labels)
+
+
 def mean_and_std(dataset, images):
     """Of each channel, for images in [0, 1]."""
     if dataset in MEAN_STD:
         return [torch.tensor(v) for v in MEAN_STD[dataset]]
     pixels = images[:SAMPLE].float().div(255).transpose(0, 1).flatten(1)
     return pixels.mean(1), pixels.std(1).clamp(min=1e-3)
+
+
+def to_size(image, size):
+    """The middle of an image whose shorter side is brought to `size`."""
+    return TF.center_crop(TF.resize(image, size, antialias=True), size)
 
 
 def resize(images, size):
@@ -193,15 +216,15 @@ class ViewParameters(NamedTuple):
     order: list  # of the four jitters, one for the batch
 
 
-def draw_view(n, size, augment, g, crop=True):
-    """Parameters of one view of n images: SimCLR's distributions at the reference code's strengths.
+def draw_view(n, size, augment, g, crop=True, crop_min=0.2, jitter=0.5):
+    """Parameters of one view of n images: SimCLR's distributions, by default at the reference code's strengths.
 
-    Crop of (0.2, 1) of the area at aspect (3/4, 4/3), flip; "sim" adds colour jitter (0.4, 0.4, 0.4, 0.1) with
-    probability 0.8 and grey with 0.2, and, above 64 pixels, a Gaussian blur of sigma (0.1, 2) with 0.5. "none" leaves
+    Crop of (crop_min, 1) of the area at aspect (3/4, 4/3), flip; "sim" adds colour jitter (0.8, 0.8, 0.8, 0.2) * jitter
+    with probability 0.8 and grey with 0.2, and, above 64 pixels, a Gaussian blur of sigma (0.1, 2) with 0.5. "none" leaves
     the images as they are. crop=False goes with images that WorkerViews has cropped; "stacked-rand" adds sim's colours.
     """
     uniform = uniform_from(g, n)
-    area = uniform(0.2, 1, 10) * size**2  # ten tries, as in torchvision; then the whole image
+    area = uniform(crop_min, 1, 10) * size**2  # ten tries, as in torchvision; then the whole image
     ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
     sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 2).round()  # (n, 10, 2) height, width
     fits = ((sides > 0) & (sides <= size)).all(2)
@@ -210,8 +233,8 @@ def draw_view(n, size, augment, g, crop=True):
     corner = (uniform(0, 1, 2) * (size - sides + 1)).floor().clamp(max=size - sides)
     box = torch.cat([corner, sides], 1)
     flip = uniform(0, 1) < 0.5
-    jitter = torch.cat([uniform(0.6, 1.4, 3), uniform(-0.1, 0.1, 1)], 1)
-    jitter[uniform(0, 1) >= 0.8] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    colours = torch.cat([uniform(max(0.0, 1 - 0.8 * jitter), 1 + 0.8 * jitter, 3), uniform(-0.2 * jitter, 0.2 * jitter, 1)], 1)
+    colours[uniform(0, 1) >= 0.8] = torch.tensor([1.0, 1.0, 1.0, 0.0])
     gray = uniform(0, 1) < 0.2
     order = torch.randperm(4, generator=g).tolist()
     sigma = uniform(0.1, 2) * (uniform(0, 1) < 0.5) * (size > 64)
@@ -219,7 +242,7 @@ def draw_view(n, size, augment, g, crop=True):
         box, flip = torch.tensor([0.0, 0.0, size, size]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
     if augment not in ("sim", "stacked-rand"):
         order, gray, sigma = [], torch.zeros(n, dtype=torch.bool), torch.zeros(n)
-    return ViewParameters(box, flip, jitter, gray, sigma, order)
+    return ViewParameters(box, flip, colours, gray, sigma, order)
 
 
 def make_view(images, view, mean, std):
@@ -321,10 +344,10 @@ class WorkerViews(torch.utils.data.Dataset):
     An item is asked for by (row, *key) and is a (3, H, H) uint8 image, drawn from the key alone.
     """
 
-    def __init__(self, data, augment):
+    def __init__(self, data, augment, crop_min=0.2):
         size = data.images.shape[-1]
         policies = transforms.AutoAugmentPolicy.CIFAR10 if size <= 64 else transforms.AutoAugmentPolicy.IMAGENET
-        crop = [transforms.RandomResizedCrop(size, scale=(0.2, 1), antialias=True), transforms.RandomHorizontalFlip()]
+        crop = [transforms.RandomResizedCrop(size, scale=(crop_min, 1), antialias=True), transforms.RandomHorizontalFlip()]
         steps = {
             "none": [transforms.Resize(size, antialias=True), transforms.CenterCrop(size)],
             "auto": [*crop, transforms.AutoAugment(policies)],
@@ -340,10 +363,18 @@ class WorkerViews(torch.utils.data.Dataset):
             return self.transform(self.data.images[row] if self.data.files is None else read_image(self.data.files[row]))
 
 
-def worker_batches(data, augment, batches, workers):
-    """An iterator of uint8 batches, one for each list of items (row, *key) in `batches`."""
+def worker_batches(views, batches, workers):
+    """An iterator of the uint8 batches of WorkerViews, one for each list of items (row, *key) in `batches`."""
     context = {"multiprocessing_context": "fork", "prefetch_factor": 4} if workers else {}
-    return iter(torch.utils.data.DataLoader(WorkerViews(data, augment), batch_sampler=batches, num_workers=workers, **context))
+    return iter(torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, **context))
+
+
+def mixed(x, labels, num_classes, how, alpha, g):
+    """(views, soft labels (n, C)) of torchvision's MixUp or CutMix, drawn from g; each image is mixed with its neighbour."""
+    mix = {"mixup": transforms.MixUp, "cutmix": transforms.CutMix}[how](alpha=alpha, num_classes=num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(g.initial_seed())
+        return mix(x, labels)
 
 
 # ---------------------------------------------------------------- order of the images
@@ -372,6 +403,14 @@ def shuffled_pairs(labels, g):
     count = max(math.ceil(len(labels) / (2 * len(pairs))), *map(len, pairs))
     rounds = torch.stack([p[torch.arange(count) % len(p)] for p in pairs], 1)  # (count, C, 2)
     return rounds[:, torch.randperm(len(pairs), generator=g)].flatten()[: len(labels)]
+
+
+def shuffled_balanced(labels, g):
+    """An order in which any C images in a row, C from the beginning, show C classes. Small classes recur."""
+    members = [m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels)]
+    count = math.ceil(len(labels) / len(members))
+    rounds = torch.stack([m[torch.arange(count) % len(m)] for m in members], 1)  # (count, C)
+    return rounds[:, torch.randperm(len(members), generator=g)].flatten()[: len(labels)]
 
 
 def images_of_classes(labels):

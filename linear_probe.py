@@ -1,48 +1,81 @@
 """Stage 2: what a frozen encoder is worth to a linear classifier (Khosla et al. 2020, section 3.1).
 
-    python linear_probe.py runs/shapes-small-supcon-s0/ckpt.pt --baselines
-    python linear_probe.py runs/cifar10-resnet50-supcon-s0/ckpt.pt --dataset cifar100     # transfer
+    python linear_probe.py runs/shapes-small-supcon-s0 --baselines
+    python linear_probe.py runs/cifar10-resnet50-supcon-s0 --recipe cifar10-supcon --augment    # the reference code's probe
+    python linear_probe.py runs/cifar10-resnet50-supcon-s0 --dataset cifar100                   # transfer
+    python linear_probe.py runs/cifar10-resnet50-supcon-s0 --fraction 0.1 --figure              # few labels; pictures
 
-Features of un-augmented images are extracted once; then a linear layer is fitted to them with cross-entropy. The
-accuracy is that of the last epoch: choosing the best epoch would be choosing on the test set. Beside the
-checkpoint it leaves probe.json and classifier.pt (probe-DATASET.json for another data set).
+Features of un-augmented images are extracted once. A grid of learning rates and weight decays is fitted to nine tenths of
+the training images, all cells together as one linear layer; the cell that is best on the other tenth is fitted again, to
+all of them, and meets the test images once, at its last epoch. Beside the checkpoint it leaves probe.json and
+classifier.pt (probe-DATASET.json for another data set); load_classifier makes one module of the latter.
 """
 
 import hashlib
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import click
 import torch
 import torch.nn.functional as F
+from click.core import ParameterSource
 from torch import nn
 
-from images import DATASETS, Refused, load_data, require_same_classes
-from pretrain import NOT_NEGATIVE, POSITIVE, bfloat16_is_fast, build_encoder, choose_device, features, run_command
+import losses
+from figures import draw_probe, pyplot
+from images import (
+    DATASETS, Refused, ViewParameters, WorkerViews, draw_view, generator, load_data, make_view, normalize, require_same_classes,
+    stratified, take, worker_batches,
+)  # fmt: skip
+from pretrain import NOT_NEGATIVE, POSITIVE, Finite, bfloat16_is_fast, build_encoder, choose_device, encode, knn_top1, run_command
+from recipes import PRESETS, as_option, learning_rate, make_optimizer
 from run_folder import load_checkpoint, load_state, write_aside
 
+LRS, DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3, 1e-2)  # the grid, on standardised features
+HELD_OUT = 0.1
+BINS = 15
 
-class Frozen(NamedTuple):
-    """An encoder from a checkpoint and what it takes to feed it."""
+# ---------------------------------------------------------------- the frozen encoder
 
-    encoder: nn.Module
-    mean: torch.Tensor
-    std: torch.Tensor
-    config: dict
-    autocast: torch.dtype | None
+
+class Frozen(nn.Module):
+    """x (n, 3, H, H) uint8, or float in [0, 1] -> r (n, width), brought to norm 1 where the heads saw it so in training."""
+
+    def __init__(self, encoder, mean, std, config, device):
+        super().__init__()
+        self.encoder, self.config, self.size = encoder, config, config["size"]
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.eval().requires_grad_(False).to(device, torch.float32, memory_format=torch.channels_last)
+        self.autocast = torch.bfloat16 if config["precision"] in ("auto", "bfloat16") and bfloat16_is_fast(self.mean.device) else None
+
+    def forward(self, x):
+        x = x.to(self.mean.device)
+        return self.encode(normalize(x if x.is_floating_point() else x.float() / 255, self.mean, self.std))
+
+    def encode(self, x):
+        """Of images that are normalised already."""
+        r = encode(self.encoder, x.to(memory_format=torch.channels_last), self.autocast)
+        return F.normalize(r) if self.config.get("normalize_encoder") else r
 
 
 def load_encoder(path, device):
     """The frozen encoder of a checkpoint of pretrain.py; every entry of the encoder must be there, and no other."""
-    contents = load_checkpoint(path)
+    return frozen_from(load_checkpoint(path), path, device)
+
+
+def frozen_from(contents, path, device):
     config = contents["config"]
-    encoder, _ = build_encoder(config["arch"], config["stem"])
+    try:
+        encoder, _ = build_encoder(config["arch"], config["stem"])
+        frozen = Frozen(encoder, contents["mean"], contents["std"], config, device)
+    except (KeyError, AttributeError, RuntimeError) as e:
+        raise Refused(f"{path} names no encoder that pretrain.py builds: it is damaged or changed by hand, name another") from e
     load_state(encoder, contents["encoder"], path)
-    encoder.eval().requires_grad_(False).to(device, torch.float32, memory_format=torch.channels_last)
-    autocast = torch.bfloat16 if config["precision"] in ("auto", "bfloat16") and bfloat16_is_fast(device) else None
-    return Frozen(encoder, contents["mean"].to(device), contents["std"].to(device), config, autocast)
+    return frozen
 
 
 def fingerprint(module):
@@ -54,33 +87,142 @@ def fingerprint(module):
     return digest.hexdigest()
 
 
-def fit_linear(r, labels, num_classes, *, epochs=100, batch=512, lr=0.1, momentum=0.9, weight_decay=0.0, seed=0):
-    """A linear classifier r (n, width) -> class scores: cross-entropy, SGD with Nesterov's momentum, cosine to 0.
+@torch.no_grad()
+def extract(frozen, data, key=None, batch=500):
+    """r (n, width) of the images as they are; with a key, of views cropped and flipped (0.2 to 1 of the area) as it draws."""
+    rows = torch.arange(len(data.labels)).split(batch)
+    if data.files is not None:
+        items = ([(row, *(key or ())) for row in part.tolist()] for part in rows)
+        read = worker_batches(WorkerViews(data, "none" if key is None else "crop"), items, workers=2)
+        return torch.cat([frozen(x) for x in read])
+    if key is None:
+        return torch.cat([frozen(data.images[part]) for part in rows])
+    parts, device = [], frozen.mean.device
+    for k, part in enumerate(rows):
+        view = draw_view(len(part), frozen.size, "crop", generator(*key, k))
+        view = ViewParameters(*(p.to(device) for p in view[:-1]), view.order)
+        parts.append(frozen.encode(make_view(data.images[part].to(device), view, frozen.mean, frozen.std)))
+    return torch.cat(parts)
 
-    The features are standardised for the fit, so that one learning rate serves every encoder; the result is folded
-    back into one nn.Linear on r itself.
+
+# ---------------------------------------------------------------- the linear classifier
+
+
+def fit_cells(features_of, labels, num_classes, cells, fit):
+    """Linear classifiers of r, one for each (learning rate, weight decay) of `cells`, trained together as one layer.
+
+    features_of(epoch) gives r (n, D), and fit the epochs, batch, optimizer, schedule, ... that all cells share.
+    Returns weights (K, C, D) and biases (K, C).
     """
-    mean, std = r.mean(0), r.std(0).clamp(min=1e-6)
-    x = (r - mean) / std
-    linear = nn.Linear(r.shape[1], num_classes, device=r.device)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    optimizer = torch.optim.SGD(linear.parameters(), lr, momentum, nesterov=momentum > 0, weight_decay=weight_decay)
-    batch = min(batch, len(x))
-    steps = epochs * (len(x) // batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    g = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        order = torch.randperm(len(x), generator=g).to(r.device)
-        for rows in order.split(batch)[: len(x) // batch]:
+    r, K = features_of(0), len(cells)
+    n, D = r.shape
+    weights = [nn.Parameter(r.new_zeros(num_classes, D)) for _ in cells]
+    biases = [nn.Parameter(r.new_zeros(num_classes)) for _ in cells]
+    groups = [{"params": [w, b], "lr": lr, "weight_decay": decay} for w, b, (lr, decay) in zip(weights, biases, cells)]
+    optimizer = make_optimizer(fit, groups, 1.0)
+    batch = min(fit.batch, n)
+    steps, g = n // batch, torch.Generator().manual_seed(fit.seed)
+    for epoch in range(fit.epochs):
+        r = features_of(epoch) if epoch else r
+        order = torch.randperm(n, generator=g).to(r.device)
+        for step, rows in enumerate(order.split(batch)[:steps], epoch * steps):
+            rate = learning_rate(fit, step, steps, marks=(0.6, 0.75, 0.9), factor=0.2)
+            for group, (lr, _) in zip(optimizer.param_groups, cells):
+                group["lr"] = lr * rate
             optimizer.zero_grad()
-            F.cross_entropy(linear(x[rows]), labels[rows]).backward()
+            scores = torch.addmm(torch.cat(biases), r[rows], torch.cat(weights).T).view(-1, num_classes)  # (n K, C)
+            y = labels[rows].repeat_interleave(K)
+            (K * F.cross_entropy(scores, y, label_smoothing=fit.label_smoothing)).backward()
             optimizer.step()
-            schedule.step()
-    with torch.no_grad():
-        linear.weight /= std
-        linear.bias -= linear.weight @ mean
-    return linear
+    return torch.stack(weights).detach(), torch.stack(biases).detach()
+
+
+def as_linear(weight, bias):
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+    linear.weight.data, linear.bias.data = weight, bias
+    return linear.requires_grad_(False)
+
+
+class Probe(NamedTuple):
+    classifier: nn.Linear  # of r
+    temperature: float  # that the held-out images ask for
+    cell: tuple  # the learning rate and weight decay that were best there
+    held_out_top1: float | None  # of that cell; None where there were too few images to hold any out
+    grid: list  # [learning rate, weight decay, top-1 on the held-out images] of every cell
+
+
+def probe(r, labels, num_classes, cells, fit, augmented=None):
+    """Chooses a cell and a temperature on a tenth of the training features r (n, D), then fits that cell to all of them.
+
+    augmented(epoch) gives r of augmented images for the second fit.
+    """
+    centre, spread = (r.mean(0), r.std(0).clamp(min=1e-6)) if fit.standardize else (r.new_zeros(1), r.new_ones(1))
+    x = (r - centre) / spread
+    held = stratified(labels.cpu(), HELD_OUT, generator(fit.seed, 7)).to(r.device)
+    kept = torch.ones(len(r), dtype=torch.bool, device=r.device).index_fill(0, held, False)
+    cell, temperature, held_out_top1, grid = cells[0], 1.0, None, []
+    if len(labels[kept].unique()) == len(labels.unique()):  # else there is nothing to choose with
+        weights, biases = fit_cells(lambda epoch: x[kept], labels[kept], num_classes, cells, fit)
+        scores = torch.einsum("nd,kcd->knc", x[held], weights) + biases[:, None]
+        top1 = [topk(s, labels[held], 1) for s in scores]
+        grid = [[*cell, round(accuracy, 3)] for cell, accuracy in zip(cells, top1)]
+        best = max(range(len(cells)), key=lambda k: (top1[k], -F.cross_entropy(scores[k], labels[held]).item()))
+        cell, held_out_top1, temperature = cells[best], top1[best], best_temperature(scores[best], labels[held])
+
+    def features_of(epoch):
+        return x if augmented is None else (augmented(epoch) - centre) / spread
+
+    weights, biases = fit_cells(features_of, labels, num_classes, [cell], fit)
+    weight = weights[0] / spread
+    return Probe(as_linear(weight, biases[0] - (weight * centre).sum(1)), temperature, cell, held_out_top1, grid)
+
+
+def best_temperature(scores, labels):
+    """T > 0 of the least cross-entropy of scores / T (Guo et al. 2017)."""
+    log_t = torch.zeros((), device=scores.device, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(scores.double() / log_t.clamp(-7, 7).exp(), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return log_t.clamp(-7, 7).exp().item()
+
+
+class Classifier(nn.Module):
+    """Images, as Frozen takes them, -> class scores (n, C). Divided by `temperature` they are calibrated."""
+
+    def __init__(self, frozen, linear, classes, temperature, dataset):
+        super().__init__()
+        self.frozen, self.linear = frozen, linear
+        self.classes, self.temperature, self.dataset, self.size = classes, temperature, dataset, frozen.size
+
+    def forward(self, x):
+        return self.linear(self.frozen(x))
+
+
+FORMAT = "supcon-probe-2"
+
+
+def load_classifier(path, device="cpu"):
+    """The Classifier in a classifier.pt of this script. Raises Refused for anything else."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise Refused(f"there is no classifier {path}: run linear_probe.py, and name its classifier.pt") from e
+    except Exception as e:  # of a zip archive, of pickle, of the file system
+        raise Refused(f"{path} cannot be read as a classifier of linear_probe.py ({type(e).__name__}): name another") from e
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise Refused(f"{path} is not a classifier of linear_probe.py: run it, and name the classifier.pt that it leaves")
+    frozen = frozen_from(contents, path, torch.device(device))
+    linear = as_linear(contents["weight"].to(device), contents["bias"].to(device))
+    return Classifier(frozen, linear, contents["classes"], contents["temperature"], contents["dataset"]).eval()
+
+
+# ---------------------------------------------------------------- what is measured
 
 
 def topk(scores, labels, k):
@@ -89,102 +231,214 @@ def topk(scores, labels, k):
     return 100 * (best == labels[:, None]).any(1).double().mean().item()
 
 
+def confusion(scores, labels):
+    """(C, C): how many images of class i are taken for class j."""
+    n = scores.shape[1]
+    return torch.bincount(labels * n + scores.argmax(1), minlength=n * n).view(n, n)
+
+
 def worst_confusions(scores, labels, classes, count=5):
     """The most frequent mistakes as [true class, predicted class, percent of the true class's images]."""
-    n = len(classes)
-    table = torch.bincount(labels * n + scores.argmax(1), minlength=n * n).view(n, n).double()
+    n, table = len(classes), confusion(scores, labels).double()
     share = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
     share.fill_diagonal_(0)
     values, where = share.flatten().topk(min(count, n * n))
     return [[classes[i // n], classes[i % n], round(v, 2)] for v, i in zip(values.tolist(), where.tolist()) if v > 0]
 
 
-def probe(r_train, y_train, r_test, y_test, num_classes, **fit):
-    """(classifier, test scores, top-1 in percent) of a linear classifier fitted to the training features."""
-    classifier = fit_linear(r_train, y_train, num_classes, **fit)
-    with torch.no_grad():
-        scores = classifier(r_test)
-    return classifier, scores, topk(scores, y_test, 1)
+def reliability(scores, labels, bins=BINS):
+    """(expected calibration error, table): confidences in `bins` equal bins (a, b], each row [images, mean confidence,
+    accuracy]; the error is the mean over the images of their bin's |accuracy - confidence| (Guo et al. 2017)."""
+    confidence, predicted = scores.double().softmax(1).max(1)
+    right = (predicted == labels).double()
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    count, total, hits = (torch.zeros(bins, dtype=torch.double, device=scores.device) for _ in range(3))
+    for sums, values in ((count, torch.ones_like(right)), (total, confidence), (hits, right)):
+        sums.index_add_(0, which, values)
+    table = torch.stack([count, total / count.clamp(min=1), hits / count.clamp(min=1)], 1)
+    error = (count * (table[:, 2] - table[:, 1]).abs()).sum() / len(labels)
+    return error.item(), table.tolist()
 
 
-def baselines(frozen, train, test, y_train, y_test, **fit):
+def geometry(frozen, test, seed, count=2000):
+    """Alignment (of two cropped views), uniformity and tolerance of the first test images' features on the sphere."""
+    some = take(test, torch.arange(min(count, len(test.labels))))
+    r = F.normalize(extract(frozen, some))
+    views = torch.cat([F.normalize(extract(frozen, some, key=(seed, 8, v))) for v in range(2)])
+    labels = some.labels.to(r.device)
+    found = {"alignment": losses.alignment(views), "uniformity": losses.uniformity(r), "tolerance": losses.tolerance(r, labels)}
+    return {name: value.item() for name, value in found.items()}
+
+
+def baselines(frozen, train, test, cells, fit):
     """Top-1 of the same probe on raw pixels and on an untrained encoder of the same kind."""
-    device, num_classes = frozen.mean.device, len(train.classes)
-    pixels = [d.images.flatten(1).to(device).float() / 255 for d in (train, test)]
-    torch.manual_seed(fit["seed"])
-    untrained, _ = build_encoder(frozen.config["arch"], frozen.config["stem"])
-    untrained.to(device, memory_format=torch.channels_last)
-    random = [features(untrained, d.images, frozen.mean, frozen.std, frozen.autocast) for d in (train, test)]
-    return {
-        "raw_pixels_top1": probe(pixels[0], y_train, pixels[1], y_test, num_classes, **fit | {"lr": fit["lr"] / 10})[2],
-        "untrained_encoder_top1": probe(random[0], y_train, random[1], y_test, num_classes, **fit)[2],
-    }
+    device, C = frozen.mean.device, len(train.classes)
+    torch.manual_seed(fit.seed)
+    encoder, _ = build_encoder(frozen.config["arch"], frozen.config["stem"])
+    untrained = Frozen(encoder, frozen.mean, frozen.std, frozen.config, device)
+    found, y = {}, [d.labels.to(device) for d in (train, test)]
+    for name, r_of in (("raw_pixels", lambda d: d.images.flatten(1).to(device).float() / 255), ("untrained_encoder", lambda d: extract(untrained, d))):
+        classifier = probe(r_of(train), y[0], C, cells, fit).classifier
+        found[f"{name}_top1"] = topk(classifier(r_of(test)), y[1], 1)
+    return found
+
+
+# ---------------------------------------------------------------- the command line
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--recipe", type=click.Choice([name for name, preset in PRESETS.items() if preset.probe]), help="The probe of a published setting; other options override it. Add --augment for its views.")
 @click.option("--dataset", type=click.Choice(DATASETS), show_default="the checkpoint's", help="Transfer: another data set, resized to the checkpoint's size.")
 @click.option("--data", show_default="the checkpoint's", help="Folder of the data sets.")
 @click.option("--download/--no-download", default=True, help="Fetch what is missing.")
-@click.option("--limit", type=click.IntRange(min=2), show_default="all", help="Fit on the first N training images.")
+@click.option("--limit", type=click.IntRange(min=2), show_default="all", help="Fit to the first N training images.")
+@click.option("--fraction", type=Finite(0, 1, min_open=True), default=1.0, help="Fit to this part of every class.")
+@click.option("--augment", is_flag=True, help="Fit to crops and flips, encoded anew in every epoch, as the papers do.")
+@click.option("--standardize/--no-standardize", default=True, help="Bring every feature to mean 0 and deviation 1.")
+@click.option("--l2-normalize", is_flag=True, help="Bring r to norm 1 first.")
 @click.option("--epochs", type=click.IntRange(min=1), default=100, help="Passes over the features.")
 @click.option("--batch", type=click.IntRange(min=1), default=512, help="Images in a step.")
-@click.option("--lr", type=POSITIVE, default=0.1, help="Peak learning rate, on standardised features.")
-@click.option("--weight-decay", type=NOT_NEGATIVE, default=0.0, help="On the classifier.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the order of the images.")
+@click.option("--lr", type=POSITIVE, multiple=True, default=LRS, help="Peak learning rate; several make a grid.")
+@click.option("--lr-per-256", type=POSITIVE, help="Peak learning rate per 256 images of the batch, instead of --lr.")
+@click.option("--weight-decay", type=NOT_NEGATIVE, multiple=True, default=DECAYS, help="On the classifier; several make a grid.")
+@click.option("--optimizer", type=click.Choice(["sgd", "lars", "rmsprop"]), default="sgd", help="Of all cells.")
+@click.option("--momentum", type=Finite(0, 1, max_open=True), default=0.9, help="The optimiser's.")
+@click.option("--nesterov/--no-nesterov", default=True, help="Nesterov's momentum, of SGD.")
+@click.option("--schedule", type=click.Choice(["cosine", "step", "exponential", "constant"]), default="cosine", help="cosine to lr/1000; step: x0.2 at 60, 75, 90 %; exponential: x0.97 every half epoch.")
+@click.option("--warmup", type=NOT_NEGATIVE, default=0.0, help="Epochs of linear warm-up from 0.")
+@click.option("--label-smoothing", type=Finite(0, 1, max_open=True), default=0.0, help="Of cross-entropy.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of orders, parts and views.")
 @click.option("--baselines", "with_baselines", is_flag=True, help="Also probe raw pixels and an untrained encoder.")
+@click.option("--figure", is_flag=True, help="Draw reliability, confusions and a 2-D projection as PNG (needs matplotlib).")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
-def main(checkpoint, dataset, data, download, limit, with_baselines, device, **fit):
+@click.pass_context
+def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, augment, with_baselines, figure, device, **options):
     """Fit a linear classifier to the frozen features of CHECKPOINT (a ckpt.pt of pretrain.py, or its folder) and test it."""
+    given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
+    fit, cells = complete_fit(recipe, options, given)
+    if figure:
+        pyplot()  # said now, not after the fit
     device = choose_device(device)
     checkpoint = checkpoint / "ckpt.pt" if checkpoint.is_dir() else checkpoint
     frozen = load_encoder(checkpoint, device)
-    own = frozen.config["dataset"]
-    dataset, data, before = dataset or own, data or frozen.config["data"], fingerprint(frozen.encoder)
-    source = {"size": frozen.config["size"], "download": download}
+    if options["l2_normalize"]:
+        frozen.config["normalize_encoder"] = True
+    own, before = frozen.config["dataset"], fingerprint(frozen)
+    dataset, data = dataset or own, data or frozen.config["data"]
+    source = {"size": frozen.size, "download": download, "stream": frozen.config.get("stream", False) and dataset == "folder"}
     train, test = load_data(dataset, data, True, limit=limit, **source), load_data(dataset, data, False, **source)
     require_same_classes(train, test, data)
     if len(train.classes) < 2:
         raise Refused(f"--data {data} has one class alone: a classifier needs two")
+    if fraction < 1:
+        train = take(train, stratified(train.labels, fraction, generator(fit.seed, 4)))
     y_train, y_test = train.labels.to(device), test.labels.to(device)
 
     start = time.perf_counter()
-    r_train, r_test = (features(frozen.encoder, d.images, frozen.mean, frozen.std, frozen.autocast) for d in (train, test))
+    r_train, r_test = extract(frozen, train), extract(frozen, test)
     extracted = time.perf_counter()
-    classifier, scores, top1 = probe(r_train, y_train, r_test, y_test, len(train.classes), **fit)
+    augmented = (lambda epoch: extract(frozen, train, key=(fit.seed, 6, epoch))) if augment else None
+    found = probe(r_train, y_train, len(train.classes), cells, fit, augmented)
+    scores = found.classifier(r_test)
+    fitted = time.perf_counter()
     result = {
         "checkpoint": str(checkpoint),
         "dataset": dataset,
-        "top1": top1,
+        "recipe": recipe,
+        "top1": topk(scores, y_test, 1),
         "top5": topk(scores, y_test, 5),
-        "train_top1": topk(classifier(r_train), y_train, 1),
+        "train_top1": topk(found.classifier(r_train), y_train, 1),
+        "per_class_top1": per_class(scores, y_test, test.classes),
         "worst_confusions": worst_confusions(scores, y_test, test.classes),
+        "ece": reliability(scores, y_test)[0],
+        "ece_after_temperature": reliability(scores / found.temperature, y_test)[0],
+        "temperature": found.temperature,
+        "reliability": reliability(scores, y_test)[1],
+        "knn_top1": knn_top1(r_train, y_train, r_test, y_test),
+        **geometry(frozen, test, fit.seed),
+        "lr": found.cell[0],
+        "weight_decay": found.cell[1],
+        "held_out_top1": found.held_out_top1,
+        "grid": found.grid,
         "train_images": len(y_train),
         "test_images": len(y_test),
         "extract_seconds": round(extracted - start, 2),
-        "fit_seconds": round(time.perf_counter() - extracted, 2),
-        "fit": fit,
+        "fit_seconds": round(fitted - extracted, 2),
+        "fit": vars(fit) | {"augment": augment, "fraction": fraction},
         "torch": torch.__version__,
     }
-    click.echo(f"{dataset}, linear probe on {frozen.config['loss']} features: top-1 {top1:.2f} %  top-5 {result['top5']:.2f} %")
-    for true, predicted, percent in result["worst_confusions"]:
-        click.echo(f"  {percent:5.1f} % of {true} taken for {predicted}")
+    announce(result, frozen.config["loss"])
     if with_baselines:
-        result |= baselines(frozen, train, test, y_train, y_test, **fit)
+        result |= baselines(frozen, train, test, cells, fit)
         click.echo(f"the same probe on raw pixels: top-1 {result['raw_pixels_top1']:.2f} %")
         click.echo(f"the same probe on the untrained encoder: top-1 {result['untrained_encoder_top1']:.2f} %")
-    if fingerprint(frozen.encoder) != before:
+    if fingerprint(frozen) != before:
         raise RuntimeError("the encoder changed while it was probed")
-
     suffix = "" if dataset == own else f"-{dataset}"
-    contents = {"format": "supcon-probe-1", "classes": train.classes, **classifier.state_dict()}
-    try:
-        write_aside(checkpoint.with_name(f"classifier{suffix}.pt"), lambda f: torch.save(contents, f))
-        write_aside(checkpoint.with_name(f"probe{suffix}.json"), lambda f: f.write(json.dumps(result, indent=1).encode() + b"\n"))
-    except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
-        raise Refused(f"{checkpoint.parent} cannot be written ({e}): free space, or copy the checkpoint to a folder that can") from e
+    write(checkpoint.parent, suffix, result, frozen, found, train.classes)
+    if figure:
+        click.echo(draw_probe(checkpoint.with_name(f"probe{suffix}.png"), result, confusion(scores, y_test), r_test, y_test, test.classes))
     return result
 
 
+def complete_fit(recipe, options, given):
+    """(what all cells of the grid share, the cells), with a preset's numbers where no option is given."""
+    options = dict(options)
+    if recipe:
+        preset = {"nesterov": False, "standardize": False, "warmup": 0.0} | PRESETS[recipe].probe
+        bound = {"lr", "lr_per_256"} if {"lr", "lr_per_256"} & given else set()
+        options |= {k: v for k, v in preset.items() if k not in given | bound | {"augment"}}
+        click.echo(f"recipe {recipe}: {PRESETS[recipe].source}\n  " + " ".join(as_option(k, v) for k, v in preset.items()))
+    if {"lr", "lr_per_256"} <= given:
+        raise Refused("--lr and --lr-per-256 both set the learning rate: leave one out")
+    if options["optimizer"] != "sgd" or not options["momentum"]:
+        if options["nesterov"] and "nesterov" in given:
+            raise Refused("--nesterov is SGD's, with a --momentum above 0: leave it out")
+        options["nesterov"] = False
+    if options["warmup"] >= options["epochs"]:
+        if "warmup" in given or not recipe:
+            raise Refused(f"--warmup {options['warmup']} must be shorter than --epochs {options['epochs']}")
+        options["warmup"] = 0.0
+    lrs, decays, per_256 = (options.pop(k) for k in ("lr", "weight_decay", "lr_per_256"))
+    lrs = (per_256 * options["batch"] / 256,) if per_256 else lrs
+    options.pop("l2_normalize")
+    return SimpleNamespace(**options, lr=1.0, warmup_from=0.0), [(lr, decay) for lr in lrs for decay in decays]
+
+
+def per_class(scores, labels, classes):
+    table = confusion(scores, labels).double()
+    return dict(zip(classes, (100 * table.diagonal() / table.sum(1).clamp(min=1)).tolist()))
+
+
+def announce(result, loss):
+    click.echo(f"{result['dataset']}, linear probe on {loss} features: top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
+               f"k-NN {result['knn_top1']:.2f} %  (lr {result['lr']:g}, weight decay {result['weight_decay']:g})")  # fmt: skip
+    click.echo(f"calibration error {result['ece']:.4f}, after temperature {result['temperature']:.3f} {result['ece_after_temperature']:.4f}; "
+               f"alignment {result['alignment']:.3f}, uniformity {result['uniformity']:.3f}, tolerance {result['tolerance']:.3f}")  # fmt: skip
+    for true, predicted, percent in result["worst_confusions"]:
+        click.echo(f"  {percent:5.1f} % of {true} taken for {predicted}")
+
+
+def write(folder, suffix, result, frozen, found, classes):
+    contents = {
+        "format": FORMAT,
+        "config": frozen.config,
+        "dataset": result["dataset"],
+        "encoder": frozen.encoder.state_dict(),
+        "mean": frozen.mean,
+        "std": frozen.std,
+        "weight": found.classifier.weight,
+        "bias": found.classifier.bias,
+        "temperature": found.temperature,
+        "classes": classes,
+    }
+    try:
+        write_aside(folder / f"classifier{suffix}.pt", lambda f: torch.save(contents, f))
+        write_aside(folder / f"probe{suffix}.json", lambda f: f.write(json.dumps(result, indent=1).encode() + b"\n"))
+    except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
+        raise Refused(f"{folder} cannot be written ({e}): free space, or copy the checkpoint to a folder that can") from e
+
+
 if __name__ == "__main__":
-    run_command(main, lower="--limit")
+    run_command(main, lower="--limit or --fraction")

@@ -4,7 +4,9 @@
     python pretrain.py --dataset cifar10 --batch 1024                           # the reference code's CIFAR-10 recipe, on a GPU
     torchrun --nproc_per_node=8 pretrain.py --dataset cifar10 --batch 1024      # the same batch on eight GPUs
     python pretrain.py --resume runs/cifar10-resnet50-supcon-s0                 # go on where a run stopped
+    python pretrain.py --figure runs/cifar10-resnet50-supcon-s0                 # its learning curves
     python linear_probe.py runs/cifar10-resnet50-supcon-s0/ckpt.pt              # stage 2
+    python pretrain.py --recipe list                                            # the papers' settings, each one word
 
 A run folder holds config.json, log.jsonl and checkpoints (run_folder.py). `--batch` is the number of images over all ranks; every image gives `--views` rows of the batch.
 Data order and views depend on (seed, epoch, position in the global batch) alone: not on the number of ranks,
@@ -12,6 +14,7 @@ and not on whether the run was interrupted. SIGTERM and Ctrl-C save a checkpoint
 """
 
 import contextlib
+import copy
 import math
 import os
 import shlex
@@ -20,7 +23,6 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import click
 import torch
@@ -33,10 +35,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import losses
+from figures import learning_curves
 from images import (
-    DATASETS, POLICIES, Missing, Refused, ViewParameters, draw_view, generator, load_data, make_view, mean_and_std, normalize,
-    require_same_classes, shuffled, shuffled_pairs, worker_batches,
+    DATASETS, POLICIES, Missing, Refused, ViewParameters, WorkerViews, draw_view, generator, load_data, make_view, mean_and_std,
+    mixed, normalize, require_same_classes, shuffled, shuffled_balanced, shuffled_pairs, stratified, take, with_label_noise,
+    worker_batches,
 )  # fmt: skip
+from recipes import LOSSES, PRESETS, describe, learning_rate, make_optimizer
 from run_folder import Journal, checkpoint_of, describe_run, load_state, newest_checkpoint, refusal_of, refuse_unusable, signals_noted
 
 # ---------------------------------------------------------------- encoder, projection head, classifier head
@@ -80,16 +85,18 @@ def build_projection(width, hidden, depth, dim):
 class Model(nn.Module):
     """x -> z = Proj(Enc(x)), on the unit sphere if `unit`, and the class scores of r if there is a classifier.
 
-    The encoder alone runs under autocast; the heads are small and stay in float32.
+    The encoder alone runs under autocast; the heads are small and stay in float32. unit_r brings r to norm 1 before them,
+    as the paper does and its code for CIFAR does not.
     """
 
-    def __init__(self, encoder, projection=None, classifier=None, *, unit=True, detach=False, autocast=None):
+    def __init__(self, encoder, projection=None, classifier=None, *, unit=True, unit_r=False, detach=False, autocast=None):
         super().__init__()
         self.encoder, self.projection, self.classifier = encoder, projection, classifier
-        self.unit, self.detach, self.autocast = unit, detach, autocast
+        self.unit, self.unit_r, self.detach, self.autocast = unit, unit_r, detach, autocast
 
     def forward(self, x):
         r = encode(self.encoder, x, self.autocast)  # (N, width)
+        r = F.normalize(r) if self.unit_r else r
         z = r if self.projection is None else self.projection(r)
         z = F.normalize(z) if self.unit else z
         logits = None if self.classifier is None else self.classifier(r.detach() if self.detach else r)
@@ -112,34 +119,17 @@ def bfloat16_is_fast(device):
 # ---------------------------------------------------------------- the losses by name
 
 
-class Recipe(NamedTuple):
-    tau: float | None
-    views: int
-    lr: float  # per 1024 images
-    scaled: bool  # by tau/0.07, as the reference code scales its contrastive losses
+def contrastive_loss(config, z, y, images, queue):
+    """The loss `config.loss` of the global batch, from this rank's z (V n_r, D) and labels y (V n_r,), or class
+    probabilities (V n_r, C), view by view.
 
-
-RECIPES = {
-    "supcon": Recipe(0.1, 2, 0.5, True),
-    "supcon-in": Recipe(0.1, 2, 0.5, True),
-    "simclr": Recipe(0.5, 2, 0.5, True),
-    "triplet": Recipe(None, 2, 0.5, False),
-    "n-pair": Recipe(None, 1, 0.1, False),
-    "max-margin": Recipe(None, 2, 0.5, False),
-    "ce": Recipe(None, 1, 0.8, False),
-}
-
-
-def contrastive_loss(config, z, labels, images):
-    """The loss `config.loss` of the global batch, from this rank's z (V n_r, D), view by view, and its labels (n_r,).
-
-    images (n_r,) numbers the images of the global batch.
+    images (n_r,) numbers the images of the global batch; queue (features, labels) or None joins the contrasts.
     """
-    V, y = config.views, labels.repeat(config.views)
+    V = config.views
     if config.loss in ("supcon", "supcon-in"):
-        return losses.supcon_sharded(z, y, config.tau, variant="in" if config.loss == "supcon-in" else "out")
+        return losses.supcon_sharded(z, y, config.tau, queue=queue, variant="in" if config.loss == "supcon-in" else "out")
     if config.loss == "simclr":  # NT-Xent: an image is its own class
-        return losses.supcon_sharded(z, images.repeat(V), config.tau)
+        return losses.supcon_sharded(z, images.repeat(V), config.tau, queue=queue)
     z, y = gather_views(z, V), gather_views(y, V)  # these look at all rows on every rank
     if config.loss == "triplet":
         return losses.triplet(z, y, 0.2 if config.margin is None else config.margin, mining=config.mining)
@@ -154,19 +144,21 @@ def grouped_n_pair(anchor, positive, num_classes):
     return torch.cat([losses.n_pair(a, p, reduction="none") for a, p in groups]).mean()
 
 
-def total_loss(config, z, logits, labels, images):
+def total_loss(config, z, logits, y, images, queue=None):
     """loss-scale * contrastive, or cross-entropy, or (1 - w) of the one and w of the other (Gunel et al. 2021)."""
     if config.loss == "ce":
-        return cross_entropy(logits, labels.repeat(config.views))
-    loss = config.loss_scale * contrastive_loss(config, z, labels, images)
+        return cross_entropy(logits, y, config.label_smoothing)
+    loss = config.loss_scale * contrastive_loss(config, z, y, images, queue)
     if logits is None:
         return loss
-    return (1 - config.ce_weight) * loss + config.ce_weight * cross_entropy(logits, labels.repeat(config.views))
+    return (1 - config.ce_weight) * loss + config.ce_weight * cross_entropy(logits, y, config.label_smoothing)
 
 
-def cross_entropy(logits, y):
-    """The mean over the rows of all ranks."""
-    return losses.global_mean(F.cross_entropy(logits, y, reduction="none"), torch.ones_like(y, dtype=torch.bool))
+def cross_entropy(logits, y, smoothing=0.0):
+    """The mean over the rows of all ranks; y (N,) labels or (N, C) class probabilities."""
+    y = y.to(logits.dtype) if y.ndim == 2 else y
+    values = F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
+    return losses.global_mean(values, torch.ones_like(values, dtype=torch.bool))
 
 
 def collapse_and_floor(config, labels):
@@ -175,7 +167,7 @@ def collapse_and_floor(config, labels):
     All features alike give log|A(i)| = log(N - 1); L_out >= L_in >= log|P(i)|, the mean over the classes' shares.
     """
     rows = config.batch * config.views
-    if config.ce_weight or config.loss not in ("supcon", "supcon-in", "simclr"):
+    if config.ce_weight or config.mix or config.queue or config.loss not in ("supcon", "supcon-in", "simclr"):
         return None, None
     share = torch.bincount(labels).double() / len(labels)
     positives = config.views - 1 if config.loss == "simclr" else rows * share - 1
@@ -183,24 +175,7 @@ def collapse_and_floor(config, labels):
     return config.loss_scale * math.log(rows - 1), config.loss_scale * floor.item()
 
 
-# ---------------------------------------------------------------- schedule, ranks, gathering
-
-
-def learning_rate(config, step, steps_per_epoch):
-    """Linear warm-up from --warmup-from, then cosine to lr/1000, or x0.1 at 70, 80, 90 % (step), or constant."""
-
-    def planned(t):  # t in [0, 1]
-        if config.schedule == "cosine":
-            low = config.lr * 1e-3
-            return low + (config.lr - low) * (1 + math.cos(math.pi * t)) / 2
-        if config.schedule == "step":
-            return config.lr * 0.1 ** sum(t >= mark for mark in (0.7, 0.8, 0.9))
-        return config.lr
-
-    total, warm = config.epochs * steps_per_epoch, config.warmup * steps_per_epoch
-    if step < warm:
-        return config.warmup_from + (planned(warm / total) - config.warmup_from) * step / warm
-    return planned(step / total)
+# ---------------------------------------------------------------- device, ranks, gathering
 
 
 def choose_device(name):
@@ -260,10 +235,13 @@ def features(encoder, images, mean, std, autocast=None, batch=500):
 
 def knn_top1(bank, bank_labels, query, query_labels, k=200, tau=0.07):
     """Weighted k-NN accuracy in percent (Wu et al. 2018): neighbours vote exp(s/tau), s the cosine similarity."""
-    s, nearest = (F.normalize(query) @ F.normalize(bank).T).topk(min(k, len(bank)), dim=1)
-    votes = torch.zeros(len(query), int(bank_labels.max()) + 1, device=bank.device, dtype=s.dtype)
-    votes.scatter_add_(1, bank_labels[nearest], (s / tau).exp())
-    return 100 * (votes.argmax(1) == query_labels).float().mean().item()
+    bank, right = F.normalize(bank), 0
+    for q, y in zip(F.normalize(query).split(1000), query_labels.split(1000)):
+        s, nearest = (q @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(q), int(bank_labels.max()) + 1, device=bank.device, dtype=s.dtype)
+        votes.scatter_add_(1, bank_labels[nearest], ((s - 1) / tau).exp())  # at most 1: no overflow in any type
+        right += (votes.argmax(1) == y).sum().item()
+    return 100 * right / len(query)
 
 
 # ---------------------------------------------------------------- what a run needs, completed and checked
@@ -271,23 +249,27 @@ def knn_top1(bank, bank_labels, query, query_labels, k=200, tau=0.07):
 
 def complete_options(config, world):
     """Fills in the defaults that depend on the loss, and refuses what cannot work whatever the data."""
-    recipe = RECIPES[config.loss]
+    defaults = LOSSES[config.loss]
     fill = {
-        "tau": recipe.tau,
-        "views": recipe.views,
-        "lr": recipe.lr * config.batch / 1024,
+        "tau": defaults.tau,
+        "views": defaults.views,
+        "lr": config.lr_per_256 * config.batch / 256 if config.lr_per_256 else defaults.lr * config.batch / 1024,
         "warmup": min(10.0, config.epochs / 10),
         "run": f"runs/{config.dataset}-{config.arch}-{config.loss}-s{config.seed}",
     }
     fill_in(config, fill)
     if config.loss_scale is None:
-        config.loss_scale = config.tau / 0.07 if recipe.scaled else 1.0
+        config.loss_scale = config.tau / 0.07 if defaults.scaled else 1.0
 
     loss, pairs, share = config.loss, config.loss == "n-pair", config.batch // world
+    sharded = loss in ("supcon", "supcon-in", "simclr")
+    several_gpus = world > 1 and config.device.startswith("cuda")
+    if config.recipe and not several_gpus:  # a preset asks for it where there is something to synchronise
+        config.sync_bn = False
     refuse([
         (config.warmup >= config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}"),
         (config.stream and config.dataset != "folder", "--stream reads --dataset folder: leave it out"),
-        (recipe.tau is None and config.tau is not None, f"--tau has no meaning for --loss {loss}: leave it out"),
+        (defaults.tau is None and config.tau is not None, f"--tau has no meaning for --loss {loss}: leave it out"),
         (loss == "simclr" and config.views < 2, "--loss simclr needs a second view of each image: --views 2"),
         (pairs and config.views != 1, "--loss n-pair takes one view of each of two images: --views 1"),
         (pairs and config.batch % 2, "--loss n-pair takes pairs of images: choose an even --batch"),
@@ -297,7 +279,13 @@ def complete_options(config, world):
         (config.batch % world, f"--batch {config.batch} is not a multiple of the {world} ranks: choose one that is"),
         (share % (config.micro_batch or 1), f"--micro-batch {config.micro_batch} does not divide the {share} images of a rank: choose one that does"),
         ((config.micro_batch or share) * config.views < 2, "batch norm needs two rows at a time: raise --batch, --micro-batch or --views"),
-        (config.sync_bn and (world == 1 or not config.device.startswith("cuda")), "--sync-bn needs several GPUs: leave it out"),
+        (config.sync_bn and not several_gpus, "--sync-bn needs several GPUs: leave it out"),
+        (config.nesterov and config.optimizer != "sgd", "--nesterov is SGD's: leave it out, or --optimizer"),
+        (config.queue and not sharded, f"--queue has no meaning for --loss {loss}: leave it out"),
+        (config.mix and loss not in ("ce", "supcon", "supcon-in"), f"--mix has no meaning for --loss {loss}, whose labels are not shared: leave it out"),
+        (config.mix and config.queue, "--mix gives soft labels and --queue keeps hard ones: leave one out"),
+        (config.balanced and pairs, "--loss n-pair balances its pairs itself: leave --balanced out"),
+        (config.label_smoothing and loss != "ce" and not config.ce_weight, "--label-smoothing is cross-entropy's: --loss ce, or --ce-weight"),
     ])  # fmt: skip
 
 
@@ -341,6 +329,12 @@ def load_on_every_rank(config):
         require_same_classes(data, test, config.data)
     if first and dist.is_initialized():
         dist.barrier()
+    if config.subset < 1:
+        data = take(data, stratified(data.labels, config.subset, generator(config.seed, 4)))
+    if config.label_noise:
+        noisy = with_label_noise(data.labels, config.label_noise, len(data.classes), generator(config.seed, 5))
+        config.noisy_labels = int((noisy != data.labels).sum())
+        data = data._replace(labels=noisy)
     return data, test
 
 
@@ -364,7 +358,45 @@ def build_model(config, autocast):
     if config.loss == "ce" or config.ce_weight:
         classifier = nn.Linear(width, config.num_classes)
     unit = config.loss != "n-pair"
-    return Model(encoder, projection, classifier, unit=unit, detach=config.ce_detach, autocast=autocast)
+    return Model(encoder, projection, classifier, unit=unit, unit_r=config.normalize_encoder, detach=config.ce_detach, autocast=autocast)
+
+
+class Queue:
+    """z and labels of the latest `size` views as a momentum encoder saw them: contrasts beside the batch's own.
+
+    He et al. 2020; with labels, the memory of Khosla et al. 2020, section 4. The momentum encoder follows the model before
+    every step: its weights are a running mean of the model's. Every rank holds the same queue.
+    """
+
+    def __init__(self, model, size, momentum):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.size, self.momentum, self.z, self.y = size, momentum, None, None
+
+    @torch.no_grad()
+    def follow(self, model):
+        for mine, theirs in zip(self.model.parameters(), model.parameters()):
+            mine.lerp_(theirs, 1 - self.momentum)
+
+    @torch.no_grad()
+    def encode(self, views):
+        with still_statistics(self.model):
+            return self.model(views)[0]
+
+    def add(self, z, y):
+        """The views of all ranks, (V n, D) and (V n,)."""
+        self.z = z[-self.size :] if self.z is None else torch.cat([self.z, z])[-self.size :]
+        self.y = y[-self.size :] if self.y is None else torch.cat([self.y, y])[-self.size :]
+
+    def contrasts(self):
+        return None if self.z is None else (self.z, self.y)
+
+    def state_dict(self):
+        return {"model": self.model.state_dict(), "z": self.z, "y": self.y}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        device = next(self.model.parameters()).device
+        self.z, self.y = (None if v is None else v.to(device) for v in (state["z"], state["y"]))
 
 
 def train(config, resume=None):
@@ -401,14 +433,13 @@ def train_on_rank(config, resume, rank, world, device):
     autocast = torch.bfloat16 if fast else None
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     model = build_model(config, autocast).to(device, dtype, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
-    )
+    optimizer = make_optimizer(config, [{"params": model.parameters(), "weight_decay": config.weight_decay}], config.lr)
+    queue = Queue(model, config.queue, config.momentum_encoder) if config.queue else None
     mean, std = (v.to(device, dtype) for v in mean_and_std(config.dataset, data.images))
     step = 0
     if resume:
         step = resume["step"]
-        restore(model, optimizer, resume, run)
+        restore(model, optimizer, queue, resume, run)
         if step > total:
             raise Refused(f"--epochs {config.epochs} ends before step {step}, where the run stands: raise --epochs")
     if config.sync_bn:
@@ -418,7 +449,7 @@ def train_on_rank(config, resume, rank, world, device):
     parallel = DistributedDataParallel(model) if world > 1 else model
 
     def contents(losses_of_epoch, seconds):
-        return checkpoint_of(config, model, optimizer, step, seconds, losses_of_epoch, mean, std, data)
+        return checkpoint_of(config, model, optimizer, queue, step, seconds, losses_of_epoch, mean, std, data)
 
     collapse, floor = collapse_and_floor(config, data.labels)
     journal = Journal(config, contents, resume, steps_per_epoch, collapse) if rank == 0 else None
@@ -427,23 +458,27 @@ def train_on_rank(config, resume, rank, world, device):
         return None, trouble or SystemExit(2)
     announce(say, config, data, test, model, autocast, collapse, floor, world)
 
-    labels, stop, failed = data.labels.to(device), False, False
+    stop = failed = False
     with signals_noted() as asked:
-        for rows, views_of in batches(config, data, parts, mean, std, range(step, total), steps_per_epoch):
+        for views_of in batches(config, data, parts, mean, std, range(step, total), steps_per_epoch):
 
-            def loss_of(z, logits):
-                return total_loss(config, z, logits, labels[rows[mine]], torch.arange(mine.start, mine.stop, device=device))
+            def loss_of(z, logits, y):
+                images = torch.arange(mine.start, mine.stop, device=device)
+                return total_loss(config, z, logits, y, images, queue and queue.contrasts())
 
             lr = learning_rate(config, step, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
             if len(parts) == 1:
-                z, logits = parallel(views_of(mine))
-                loss = loss_of(z, logits)
+                x, y = views_of(mine)
+                z, logits = parallel(x)
+                loss = loss_of(z, logits, y)
                 loss.backward()
             else:
                 loss, z = cached_gradients(model, parallel, parts, views_of, loss_of, V)
+            if queue:
+                enqueue(config, queue, model, [(x, y)] if len(parts) == 1 else map(views_of, parts))
             optimizer.step()
             step += 1
 
@@ -464,8 +499,10 @@ def train_on_rank(config, resume, rank, world, device):
     return journal and journal.entry, None
 
 
-def restore(model, optimizer, contents, run):
+def restore(model, optimizer, queue, contents, run):
     """The state of a checkpoint."""
+    if queue:
+        load_state(queue, contents.get("queue"), run)
     for name, module in model.named_children():  # encoder, projection, classifier
         load_state(module, contents.get(name), run)
     load_state(optimizer, contents["optimizer"], run)
@@ -473,28 +510,35 @@ def restore(model, optimizer, contents, run):
 
 
 def batches(config, data, parts, mean, std, steps, steps_per_epoch):
-    """Of each step: (rows of the global batch, views_of), where views_of(part) makes a part's views (V m, 3, H, W)."""
+    """Of each step a function of a part of the global batch: to its views (V m, 3, H, W) and their labels (V m,) or (V m, C)."""
     in_workers, device, V = config.stream or config.augment in POLICIES, mean.device, config.views
-    images, order = None if in_workers else data.images.to(device), None
+    images, labels, order = None if in_workers else data.images.to(device), data.labels.to(device), None
+    ordered = shuffled_pairs if config.loss == "n-pair" else shuffled_balanced if config.balanced else shuffled
     for step in steps:
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0 or order is None:
-            order = (shuffled_pairs if config.loss == "n-pair" else shuffled)(data.labels, generator(config.seed, 0, epoch))
+            order = ordered(data.labels, generator(config.seed, 0, epoch))
             if in_workers:
                 items = worker_items(config, order, epoch, range(position, steps_per_epoch), parts)
-                ready = worker_batches(data, config.augment, items, config.workers)
+                ready = worker_batches(WorkerViews(data, config.augment, config.crop_min), items, config.workers)
         rows = order[position * config.batch : (position + 1) * config.batch].to(device)
         keys = [(config.seed, 1, epoch, position, v) for v in range(V)]
-        draws = [draw_view(config.batch, config.size, config.augment, generator(*key), crop=not in_workers) for key in keys]
+        strength = {"crop": not in_workers, "crop_min": config.crop_min, "jitter": config.jitter}
+        draws = [draw_view(config.batch, config.size, config.augment, generator(*key), **strength) for key in keys]
         if in_workers:
             cropped = {part.start: [next(ready).to(device) for v in range(V)] for part in parts}
 
         def views_of(part):
             pixels = cropped[part.start] if in_workers else [images[rows[part]]] * V
             made = [make_view(x, part_of(draw, part, device), mean, std) for x, draw in zip(pixels, draws)]
-            return torch.cat(made).contiguous(memory_format=torch.channels_last)
+            y = [labels[rows[part]]] * V
+            if config.mix:
+                keys = [(config.seed, 3, epoch, position, v, part.start) for v in range(V)]
+                how = config.num_classes, config.mix, config.mix_alpha
+                made, y = zip(*(mixed(x, t, *how, generator(*key)) for x, t, key in zip(made, y, keys)))
+            return torch.cat(made).contiguous(memory_format=torch.channels_last), torch.cat(y)
 
-        yield rows, views_of
+        yield views_of
 
 
 def worker_items(config, order, epoch, steps, parts):
@@ -511,29 +555,44 @@ def part_of(view, part, device):
     return ViewParameters(*(p[part].to(device) for p in view[:-1]), view.order)
 
 
+def cut(rows, views, parts):
+    """Rows (V n_r, ...), view by view, as the parts (V m, ...), view by view, that they are joined from."""
+    return [part.flatten(0, 1) for part in rows.unflatten(0, (views, -1)).split(parts[0].stop - parts[0].start, 1)]
+
+
+def join(rows, views):
+    return torch.cat([part.unflatten(0, (views, -1)) for part in rows], 1).flatten(0, 1)
+
+
 def cached_gradients(model, parallel, parts, views_of, loss_of, views):
     """(loss, z) of a batch that does not fit into memory at once, with the gradients of its parameters.
 
     Gradient caching (Gao et al. 2021): encode all parts without a graph; take the loss and dL/dz on all rows; encode
     each part again, with a graph, and push its dL/dz through. Batch norm sees a part at a time.
     """
-
-    def cut(rows):
-        return [part.flatten(0, 1) for part in rows.unflatten(0, (views, -1)).split(parts[0].stop - parts[0].start, 1)]
-
-    def join(rows):  # parts (V m, ...), view by view, to (V n_r, ...), view by view
-        return torch.cat([part.unflatten(0, (views, -1)) for part in rows], 1).flatten(0, 1).requires_grad_()
-
+    encoded, labels = [], []
     with torch.no_grad(), still_statistics(model):
-        z, logits = zip(*(model(views_of(part)) for part in parts))
-    outputs = [join(z)] + ([] if logits[0] is None else [join(logits)])
-    loss = loss_of(outputs[0], outputs[1] if len(outputs) > 1 else None)
-    grads = [grad if grad is None else cut(grad) for grad in torch.autograd.grad(loss, outputs, allow_unused=True)]
+        for part in parts:
+            x, y = views_of(part)
+            encoded.append(model(x))
+            labels.append(y)
+    z, logits = zip(*encoded)
+    outputs = [join(rows, views).requires_grad_() for rows in (z, logits) if rows[0] is not None]
+    loss = loss_of(outputs[0], outputs[1] if len(outputs) > 1 else None, join(labels, views))
+    grads = [grad if grad is None else cut(grad, views, parts) for grad in torch.autograd.grad(loss, outputs, allow_unused=True)]
     for k, part in enumerate(parts):
         with contextlib.nullcontext() if part is parts[-1] or parallel is model else parallel.no_sync():
-            again = [(rows, grad[k]) for rows, grad in zip(parallel(views_of(part)), grads) if grad is not None]
+            again = [(rows, grad[k]) for rows, grad in zip(parallel(views_of(part)[0]), grads) if grad is not None]
             torch.autograd.backward(*zip(*again))
     return loss.detach(), outputs[0].detach()
+
+
+def enqueue(config, queue, model, batches):
+    """The batch joins the queue, as the momentum encoder sees it; for NT-Xent under no label, so that it is nobody's positive."""
+    queue.follow(model)
+    seen = [(queue.encode(x), y) for x, y in batches]
+    z, y = (gather_views(join(rows, config.views), config.views) for rows in zip(*seen))
+    queue.add(z, torch.full_like(y, -1) if config.loss == "simclr" else y)
 
 
 @contextlib.contextmanager
@@ -607,8 +666,28 @@ MEANT_FOR = [  # (options, where they mean something, in words); what --resume t
     (["mining"], lambda o: o["loss"] == "triplet", "--loss triplet"),
     (["npair_l2"], lambda o: o["loss"] == "n-pair", "--loss n-pair"),
     (["loss_scale", "proj_depth", "proj_hidden", "proj_dim"], lambda o: o["loss"] != "ce", "a contrastive --loss"),
+    (["momentum_encoder"], lambda o: o["queue"], "--queue"),
+    (["mix_alpha"], lambda o: o["mix"], "--mix"),
     (["stem"], lambda o: (o["arch"] or ("small" if o["dataset"] == "shapes" else "")) != "small", "the ResNets"),
 ]
+
+
+BOUND = {  # what of a preset goes with an option that the user overrides
+    "loss": {"tau", "loss_scale", "proj_depth", "proj_hidden", "proj_dim", "queue", "momentum_encoder", "label_smoothing"},
+    "dataset": {"stream"},
+    "arch": {"stem"},
+    "lr": {"lr_per_256"},
+    "lr_per_256": {"lr"},
+    "epochs": {"warmup"},
+}
+
+
+def of_preset(options, given):
+    """The options that the preset options["recipe"] sets: those that are not given, nor bound to one that is set otherwise."""
+    preset = PRESETS[options["recipe"]].pretrain
+    changed = {name for name in given if options[name] != preset.get(name)}
+    dropped = given | set().union(*(BOUND[name] for name in changed if name in BOUND))
+    return {name: value for name, value in preset.items() if name not in dropped}
 
 
 def names_of(context, options):
@@ -616,16 +695,26 @@ def names_of(context, options):
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.argument("runs", nargs=-1, metavar="")
+@click.option("--recipe", type=click.Choice([*PRESETS, "list"]), help="A published setting, number by number; other options override it. list prints all.")
+@click.option("--figure", is_flag=True, help="Draw the learning curves of run folders as PNG instead: --figure RUN... (needs matplotlib).")
 @click.option("--dataset", type=click.Choice(DATASETS), default="shapes", help="shapes is generated, folder reads DATA/train/CLASS/*.jpg.")
 @click.option("--data", default="data", help="Folder of the data sets.")
 @click.option("--download/--no-download", default=True, help="Fetch what is missing.")
 @click.option("--size", type=click.IntRange(min=8), show_default="the data set's own; 32 for folder and shapes", help="Image side in pixels.")
 @click.option("--limit", type=COUNT, help="Train on the first N images (a folder is shuffled, by a fixed seed).")
+@click.option("--subset", type=Finite(0, 1, min_open=True), default=1.0, help="Train on this part of every class.")
+@click.option("--label-noise", type=Finite(0, 1), default=0.0, help="Part of the labels that are exchanged for another (symmetric).")
+@click.option("--balanced", is_flag=True, help="Batches with equally many images of every class; small classes recur.")
 @click.option("--augment", type=click.Choice(["sim", "crop", "none", *POLICIES]), default="sim", help="sim: crop, flip, colours, blur; crop: crop and flip; AutoAugment, RandAugment, and that with sim's colours.")
+@click.option("--crop-min", type=Finite(0, 1, min_open=True), default=0.2, help="Least part of the area that a crop keeps.")
+@click.option("--jitter", type=Finite(0, 2), default=0.5, help="Strength of sim's colours: 0.8, 0.8, 0.8, 0.2 times this.")
+@click.option("--mix", type=click.Choice(["mixup", "cutmix"]), help="Mix neighbours of a part of the batch; SupCon then takes soft labels.")
+@click.option("--mix-alpha", type=POSITIVE, default=1.0, help="Of the Beta distribution that mixing weights are drawn from.")
 @click.option("--stream", is_flag=True, help="Read a folder's files anew for every view: for folders larger than memory.")
 @click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read a streamed folder, and make the views of auto, rand, stacked-rand.")
 @click.option("--views", type=COUNT, show_default="2; 1 for ce and n-pair", help="Views of each image.")
-@click.option("--loss", type=click.Choice(list(RECIPES)), default="supcon", help="The training objective.")
+@click.option("--loss", type=click.Choice(list(LOSSES)), default="supcon", help="The training objective.")
 @click.option("--tau", type=POSITIVE, show_default="0.1; 0.5 for simclr", help="Temperature.")
 @click.option("--loss-scale", type=POSITIVE, show_default="tau/0.07 for supcon, supcon-in, simclr, as in the reference code; else 1", help="Factor of the contrastive loss.")
 @click.option("--margin", type=NOT_NEGATIVE, show_default="0.2 for triplet, 1 for max-margin", help="Margin of triplet and max-margin.")
@@ -633,8 +722,12 @@ def names_of(context, options):
 @click.option("--npair-l2", type=NOT_NEGATIVE, default=0.02, help="Weight of the mean squared norm in n-pair.")
 @click.option("--ce-weight", type=Finite(0, 1, max_open=True), default=0.0, help="w of (1 - w) contrastive + w cross-entropy, trained jointly.")
 @click.option("--ce-detach", is_flag=True, help="Stop the classifier's gradient at the encoder.")
+@click.option("--label-smoothing", type=Finite(0, 1, max_open=True), default=0.0, help="Of cross-entropy.")
+@click.option("--queue", type=click.IntRange(min=0), default=0, help="Contrasts kept from earlier batches, for supcon, supcon-in, simclr.")
+@click.option("--momentum-encoder", type=Finite(0, 1), default=0.999, help="Momentum of the encoder that fills the queue.")
 @click.option("--arch", type=click.Choice(ARCHS), show_default="small for shapes, else resnet50", help="Encoder; small has 0.34 M weights.")
 @click.option("--stem", type=click.Choice(["3x3", "7x7"]), show_default="3x3 up to 64 pixels", help="First layers of a ResNet.")
+@click.option("--normalize-encoder", is_flag=True, help="Bring r to norm 1 before the heads, as in the paper's text and its ImageNet code.")
 @click.option("--proj-depth", type=click.IntRange(1, 4), default=2, help="Layers of the projection head.")
 @click.option("--proj-hidden", type=COUNT, show_default="the encoder's", help="Width of its hidden layers.")
 @click.option("--proj-dim", type=COUNT, default=128, help="Width of z.")
@@ -642,11 +735,13 @@ def names_of(context, options):
 @click.option("--micro-batch", type=COUNT, help="Images encoded at a time, on a rank; gradients as of the whole batch.")
 @click.option("--epochs", type=COUNT, show_default="12 for shapes, else 1000", help="Passes over the data.")
 @click.option("--lr", type=POSITIVE, show_default="0.5 per 1024 images; ce 0.8, n-pair 0.1", help="Peak learning rate, absolute.")
-@click.option("--schedule", type=click.Choice(["cosine", "step", "constant"]), default="cosine", help="cosine to lr/1000; step: x0.1 at 70, 80, 90 %.")
+@click.option("--lr-per-256", type=POSITIVE, help="Peak learning rate per 256 images of the batch, instead of --lr.")
+@click.option("--optimizer", type=click.Choice(["sgd", "lars", "rmsprop"]), default="sgd", help="LARS leaves vectors without decay and adaptation.")
+@click.option("--schedule", type=click.Choice(["cosine", "step", "exponential", "constant"]), default="cosine", help="cosine to lr/1000; step: x0.1 at 70, 80, 90 %; exponential: x0.97 every half epoch.")
 @click.option("--warmup", type=NOT_NEGATIVE, show_default="10, at most a tenth of --epochs", help="Epochs of linear warm-up.")
 @click.option("--warmup-from", type=NOT_NEGATIVE, default=0.01, help="Learning rate at step 0.")
-@click.option("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="On all weights.")
-@click.option("--momentum", type=Finite(0, 1, max_open=True), default=0.9, help="SGD's.")
+@click.option("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="On all weights (LARS: not on vectors).")
+@click.option("--momentum", type=Finite(0, 1, max_open=True), default=0.9, help="The optimiser's.")
 @click.option("--nesterov", is_flag=True, help="Nesterov's momentum.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of weights, order and views.")
 @click.option("--run-dir", "run", show_default="runs/DATASET-ARCH-LOSS-sSEED", help="Folder for log and checkpoint.")
@@ -658,8 +753,14 @@ def names_of(context, options):
 @click.option("--save-minutes", type=NOT_NEGATIVE, default=10, help="Checkpoint at least this often, and after every epoch.")
 @click.option("--log-every", type=COUNT, default=10, help="Steps between log entries.")
 @click.pass_context
-def main(context, resume, **options):
+def main(context, runs, figure, resume, **options):
     """Contrastive pretraining: an encoder and a projection head, one loss, one loop."""
+    if figure:
+        return click.echo(learning_curves([Path(run) for run in runs]))
+    if runs:
+        raise Refused(f"{runs[0]}: only --figure takes run folders; options begin with --")
+    if options["recipe"] == "list":
+        return click.echo("\n".join(line for name in PRESETS for line in describe(name)))
     given = {k for k in options if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
     contents = None
     if resume:
@@ -673,6 +774,11 @@ def main(context, resume, **options):
             raise Refused(f"--resume keeps the run's recipe: leave out {names_of(context, changed)}, or start a new run")
         options = old | {k: options[k] for k in given & MAY_CHANGE} | {"run": str(Path(resume))}
     else:
+        if options["recipe"]:
+            options |= of_preset(options, given)
+            click.echo("\n".join(describe(options["recipe"])))
+        if {"lr", "lr_per_256"} <= given:
+            raise Refused("--lr and --lr-per-256 both set the learning rate: leave one out")
         for names, fits, where in MEANT_FOR:
             if given & set(names) and not fits(options):
                 raise Refused(f"{names_of(context, given & set(names))} has a meaning for {where} alone: leave it out")

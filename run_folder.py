@@ -59,7 +59,7 @@ def newest_checkpoint(run):
         if not previous.exists():
             raise
     contents = load_checkpoint(previous)
-    return contents, f"{newest} cannot be read: going on from {previous}, step {contents['step']}"
+    return contents, f"{newest} cannot be read: going on from {previous}, step {contents['step']}" if newest.exists() else None
 
 
 def load_state(module, state, path):
@@ -140,7 +140,7 @@ class RunFolder:
         try:
             write_aside(newest, lambda f: torch.save(contents, f), keep_as=previous)
         except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
-            reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+            reason = getattr(e, "strerror", None) or "is the disk full?"
             kept = f"the last good one stays: free space, then go on with --resume {self.path}" if newest.exists() else "free space, or name another --run-dir"
             raise Refused(f"{newest} could not be written ({reason}); {kept}") from e
 
@@ -305,7 +305,7 @@ class Journal:
                        f"the last good checkpoint is {self.folder.path}/ckpt.pt of step {self.saved}")  # fmt: skip
 
 
-def checkpoint_of(config, model, optimizer, step, seconds, losses_of_epoch, mean, std, data):
+def checkpoint_of(config, model, optimizer, queue, step, seconds, losses_of_epoch, mean, std, data):
     return {
         "format": FORMAT,
         "config": vars(config),
@@ -313,6 +313,7 @@ def checkpoint_of(config, model, optimizer, step, seconds, losses_of_epoch, mean
         "seconds": seconds,
         "losses_of_epoch": losses_of_epoch,
         **{name: module.state_dict() for name, module in model.named_children()},  # encoder, projection, classifier
+        **({"queue": queue.state_dict()} if queue else {}),
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
         "mean": mean.cpu().float(),

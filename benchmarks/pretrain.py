@@ -141,7 +141,7 @@ def main(arch, size, batch, device, workers, count):
     """Print images per second and their ratios."""
     config = SimpleNamespace(
         arch=arch, size=size, batch=batch, device=device, stem="3x3" if size <= 64 else "7x7", loss="supcon", proj_hidden=None,
-        proj_depth=2, proj_dim=128, ce_weight=0, ce_detach=False, num_classes=10, seed=0,
+        proj_depth=2, proj_dim=128, normalize_encoder=False, ce_weight=0, ce_detach=False, num_classes=10, seed=0,
     )  # fmt: skip
     data = images.shapes(max(1024, batch), size, 0)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"

@@ -1,7 +1,8 @@
 """The README's results table, from the logs of runs: python experiments/results_table.py results/*
 
 Each run folder holds config.json and log.jsonl of pretrain.py and probe.json of linear_probe.py; a run that has not been
-probed yet is left out. "views, M" is the training budget in views encoded: images x views x epochs, in millions.
+probed yet is left out. "views, M" is the training budget in views encoded: images x views x epochs, in millions. A second table,
+of the runs that robustness.py has tested, says what else their representations are worth.
 """
 
 import json
@@ -23,8 +24,26 @@ def row(run):
     ]
 
 
+WORTH = ["run", "top-1 %", "k-NN top-1 %", "ECE", "ECE after temperature", "mean error over 10 corruptions %", "alignment", "uniformity", "tolerance"]
+
+
+def worth(run):
+    """One line of the second table."""
+    probe, corrupted = probe_of(run), json.loads((run / "robustness.json").read_text())
+    return [
+        run.name, f"{probe['top1']:.2f}", f"{probe['knn_top1']:.2f}", f"{probe['ece']:.3f}", f"{probe['ece_after_temperature']:.3f}",
+        f"{corrupted['mean_error']:.2f}", *(f"{probe[name]:.2f}" for name in ("alignment", "uniformity", "tolerance")),
+    ]  # fmt: skip
+
+
 def probe_of(run):
     return json.loads((run / "probe.json").read_text())
+
+
+def print_table(head, rows):
+    for cells in (head, ["---"] * len(head), *rows):
+        click.echo("| " + " | ".join(map(str, cells)) + " |")
+    click.echo()
 
 
 def notes(run):
@@ -41,9 +60,8 @@ def notes(run):
 def main(runs):
     """Print RUNS as a Markdown table, and below it what they ran on."""
     runs = sorted(run for run in runs if (run / "probe.json").exists())
-    for cells in (HEAD, ["---"] * len(HEAD), *map(row, runs)):
-        click.echo("| " + " | ".join(map(str, cells)) + " |")
-    click.echo()
+    print_table(HEAD, map(row, runs))
+    print_table(WORTH, (worth(run) for run in runs if (run / "robustness.json").exists()))
     for run in runs:
         for line in notes(run):
             click.echo(f"- {line}")

@@ -21,9 +21,9 @@ from runs import SMALL, TORCHRUN, log_of, same_bits, start, state_of  # noqa: E4
 OFTEN = ["--epochs", "40", "--save-minutes", "0"]  # a checkpoint after every step
 WAYS = {
     "one process": (["pretrain.py"], []),
-    "gradient caching": (["pretrain.py"], ["--micro-batch", "10"]),
+    "gradient caching, a queue": (["pretrain.py"], ["--micro-batch", "10", "--queue", "150"]),
     "two ranks": ([*TORCHRUN, "pretrain.py"], []),
-    "two ranks, gradient caching": ([*TORCHRUN, "pretrain.py"], ["--micro-batch", "5"]),
+    "two ranks, gradient caching, a queue": ([*TORCHRUN, "pretrain.py"], ["--micro-batch", "5", "--queue", "150"]),
 }
 def kill(process, run):
     """SIGKILL to every process of the run: torchrun's ranks have sessions of their own."""

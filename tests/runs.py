@@ -40,6 +40,10 @@ def state_of(run):
     return {k: v for k, v in load_checkpoint(run / "ckpt.pt").items() if k not in ("seconds", "config")}
 
 
+def options_of(run):
+    return load_checkpoint(run / "ckpt.pt")["config"]
+
+
 def same_bits(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
@@ -68,3 +72,7 @@ def folder_of(root, splits, classes, count=4, size=(30, 24)):
             for i in range(count):
                 noise = torch.randint(-20, 20, (3, *size), generator=torch.Generator().manual_seed(i))
                 TF.to_pil_image((40 + 60 * k + noise).to(torch.uint8)).save(root / split / name / f"{i}.png")
+
+
+def files_in(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in sorted(folder.rglob("*"))}

@@ -9,7 +9,7 @@ import linear_probe
 import pretrain
 import run_folder
 from fuzz_command_lines import fuzz
-from runs import FOLDER, SMALL, folder_of, log_of, refusal
+from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal
 
 BAD = [
     (["--batch", "0"], "--batch"),
@@ -85,10 +85,6 @@ BAD = [
     (["--resume", "nowhere", "--epochs", "0"], "--epochs"),
     (["surplus"], "surplus"),
 ]
-
-
-def files_in(folder):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in sorted(folder.rglob("*"))}
 
 
 @pytest.mark.parametrize("arguments, words", BAD, ids=[" ".join(a) for a, _ in BAD])

@@ -34,6 +34,7 @@ pretrain.run_command(pretrain.main)
     ["--loss", "triplet", "--mining", "hard"],
     ["--loss", "simclr", "--augment", "stacked-rand"],
     ["--loss", "ce"],
+    ["--loss", "supcon-in", "--queue", "60", "--momentum-encoder", "0.5"],
 ], ids=lambda loss: loss[1])
 def test_ranks_and_parts_take_the_steps_of_one_process(loss, ranks, other, tmp_path):
     script = tmp_path / "ranks.py"
@@ -57,7 +58,7 @@ def test_of_the_two_passes_over_a_part_one_moves_the_running_statistics(tmp_path
     assert {int(v) for k, v in encoder.items() if k.endswith("num_batches_tracked")} == {4 * 5}
 
 
-@pytest.mark.parametrize("loss", list(pretrain.RECIPES))
+@pytest.mark.parametrize("loss", list(pretrain.LOSSES))
 def test_every_loss_trains_and_its_checkpoint_is_probed(loss, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     entry = pretrain.main([*SMALL, "--epochs", "1", "--loss", loss], standalone_mode=False)
@@ -80,25 +81,6 @@ def test_a_probe_leaves_the_checkpoint_and_the_encoder_as_they_were(trained):
     assert {"raw_pixels_top1", "untrained_encoder_top1"} <= result.keys()
     frozen.encoder.train()(torch.rand(2, 3, 16, 16))
     assert linear_probe.fingerprint(frozen.encoder) != bits  # batch-norm statistics count
-
-
-def test_the_saved_classifier_gives_the_reported_accuracy(trained):
-    result = linear_probe.main([str(trained / "ckpt.pt"), "--limit", "300", "--epochs", "3"], standalone_mode=False)
-    saved = torch.load(trained / "classifier.pt", weights_only=True)
-    frozen = linear_probe.load_encoder(trained / "ckpt.pt", torch.device("cpu"))
-    test = images.load_data("shapes", None, False, size=16)
-    r = pretrain.features(frozen.encoder, test.images, frozen.mean, frozen.std, frozen.autocast)
-    scores = r @ saved["weight"].T + saved["bias"]
-    assert linear_probe.topk(scores, test.labels, 1) == pytest.approx(result["top1"], abs=0.11)
-
-
-def test_a_linear_probe_finds_what_is_linear_at_any_scale_of_the_features():
-    g = torch.Generator().manual_seed(0)
-    centres = 3 * torch.randn(4, 6, generator=g)
-    y = torch.arange(4).repeat(50)
-    r = (centres[y] + 0.3 * torch.randn(200, 6, generator=g)) * torch.tensor([1e-3, 1, 10, 1, 1, 1e2]) + 5
-    classifier, scores, top1 = linear_probe.probe(r[:100], y[:100], r[100:], y[100:], 4, epochs=50, batch=20)
-    assert top1 == 100 and isinstance(classifier, torch.nn.Linear)
 
 
 def test_probe_metrics_by_hand():

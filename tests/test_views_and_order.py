@@ -99,7 +99,7 @@ def test_a_policys_view_depends_on_its_key_alone(augment):
     assert torch.equal(torch.get_rng_state(), before)
     items = [[(0, 0, 2, 0), (1, 0, 2, 1)], [(2, 0, 2, 2)]]
     for workers in (0, 2):
-        batches = list(images.worker_batches(views.data, augment, items, workers))
+        batches = list(images.worker_batches(views, items, workers))
         assert torch.equal(torch.cat(batches), torch.stack(first[:3]))
 
 

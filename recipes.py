@@ -1,0 +1,244 @@
+"""What the papers and their codes trained with: the defaults of each loss, presets, schedules, LARS.
+
+`python pretrain.py --recipe NAME` and `python linear_probe.py CKPT --recipe NAME` take a preset's numbers; an option that
+is given beside it overrides them. `--recipe list` prints all of this table.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+
+class Defaults(NamedTuple):
+    tau: float | None
+    views: int
+    lr: float  # per 1024 images
+    scaled: bool  # by tau/0.07, as the reference code scales its contrastive losses
+
+
+LOSSES = {
+    "supcon": Defaults(0.1, 2, 0.5, True),
+    "supcon-in": Defaults(0.1, 2, 0.5, True),
+    "simclr": Defaults(0.5, 2, 0.5, True),
+    "triplet": Defaults(None, 2, 0.5, False),
+    "n-pair": Defaults(None, 1, 0.1, False),
+    "max-margin": Defaults(None, 2, 0.5, False),
+    "ce": Defaults(None, 1, 0.8, False),
+}
+
+
+# ---------------------------------------------------------------- presets
+
+
+class Preset(NamedTuple):
+    source: str  # where its numbers are published
+    pretrain: dict  # options of pretrain.py
+    probe: dict  # options of linear_probe.py; empty where the source has no second stage
+    differs: str = ""  # what of the source this code does otherwise
+
+
+REFERENCE = "github.com/HobbitLong/SupContrast"
+OFFICIAL = "github.com/google-research/google-research/tree/master/supcon"
+SOLO = "github.com/vturrisi/solo-learn, scripts/pretrain/cifar/supcon.yaml"
+
+CIFAR = {"arch": "resnet50", "stem": "3x3", "batch": 1024, "schedule": "cosine", "warmup": 10.0, "warmup_from": 0.01, "momentum": 0.9}
+HEAD = {"proj_depth": 2, "proj_dim": 128}
+SIM = {"augment": "sim", "crop_min": 0.2, "jitter": 0.5}  # colour jitter (0.4, 0.4, 0.4, 0.1)
+STEPS = {"optimizer": "sgd", "momentum": 0.9, "epochs": 100, "batch": 512, "weight_decay": (0.0,), "schedule": "step"}
+
+IMAGENET = {
+    "dataset": "folder", "size": 224, "stem": "7x7", "stream": True, "crop_min": 0.08, "schedule": "cosine", "warmup_from": 0.0,
+    "momentum": 0.9, "sync_bn": True,
+}  # fmt: skip
+LARS_IMAGENET = IMAGENET | {"optimizer": "lars", "warmup": 12.0, "loss": "supcon", "tau": 0.1, "loss_scale": 0.1, "normalize_encoder": True, "proj_depth": 1, "proj_dim": 128}
+PROBE_IMAGENET = {
+    "optimizer": "rmsprop", "momentum": 0.9, "schedule": "exponential", "warmup": 12.0, "epochs": 90, "weight_decay": (1e-6,), "label_smoothing": 0.05,
+}  # fmt: skip
+BN_DECAY = "weight decay takes in batch norm, which the source leaves out"
+
+PRESETS = {
+    "cifar10-supcon": Preset(
+        f"{REFERENCE}, README: SupCon on CIFAR-10, 96.0 %",
+        CIFAR | SIM | HEAD | {"dataset": "cifar10", "loss": "supcon", "tau": 0.1, "loss_scale": 0.1 / 0.07, "epochs": 1000, "lr": 0.5, "weight_decay": 1e-4},
+        STEPS | {"lr": (5.0,)},
+        "the source keeps the last, incomplete batch of an epoch, and reports its best test epoch",
+    ),
+    "cifar100-supcon": Preset(
+        f"{REFERENCE}, README: SupCon on CIFAR-100, 76.5 %",
+        CIFAR | SIM | HEAD | {"dataset": "cifar100", "loss": "supcon", "tau": 0.1, "loss_scale": 0.1 / 0.07, "epochs": 1000, "lr": 0.5, "weight_decay": 1e-4},
+        STEPS | {"lr": (5.0,)},
+        "as cifar10-supcon",
+    ),
+    "cifar10-simclr": Preset(
+        f"{REFERENCE}, README: SimCLR on CIFAR-10, 93.6 %",
+        CIFAR | SIM | HEAD | {"dataset": "cifar10", "loss": "simclr", "tau": 0.5, "loss_scale": 0.5 / 0.07, "epochs": 1000, "lr": 0.5, "weight_decay": 1e-4},
+        STEPS | {"lr": (1.0,)},
+        "as cifar10-supcon",
+    ),
+    "cifar10-ce": Preset(
+        f"{REFERENCE}, README: cross-entropy on CIFAR-10, 95.0 %",
+        CIFAR | {"dataset": "cifar10", "loss": "ce", "augment": "crop", "crop_min": 0.2, "epochs": 500, "lr": 0.8, "weight_decay": 1e-4},
+        {},
+        "as cifar10-supcon",
+    ),
+    "cifar10-supcon-tf": Preset(
+        f"{OFFICIAL}, scripts: SupCon on CIFAR-10",
+        CIFAR | SIM | HEAD | {"dataset": "cifar10", "loss": "supcon", "tau": 0.1, "loss_scale": 0.1, "batch": 4096, "epochs": 1000, "lr_per_256": 0.5,
+                              "weight_decay": 1e-4, "warmup_from": 0.0},
+        STEPS | {"batch": 4096, "lr_per_256": 2.5},
+        BN_DECAY,
+    ),
+    "cifar10-simclr-tf": Preset(
+        f"{OFFICIAL}, scripts: SimCLR on CIFAR-10",
+        CIFAR | SIM | HEAD | {"dataset": "cifar10", "loss": "simclr", "tau": 0.5, "loss_scale": 1.0, "epochs": 400, "lr_per_256": 0.5, "weight_decay": 1e-4,
+                              "warmup_from": 0.0},
+        {"optimizer": "sgd", "momentum": 0.9, "epochs": 90, "batch": 1024, "lr_per_256": 0.25, "weight_decay": (0.0,), "schedule": "cosine"},
+        f"{BN_DECAY}; its projection head has batch norm",
+    ),
+    "cifar10-ce-tf": Preset(
+        f"{OFFICIAL}, scripts: cross-entropy on CIFAR-10",
+        CIFAR | SIM | {"dataset": "cifar10", "loss": "ce", "nesterov": True, "epochs": 1000, "lr_per_256": 0.1, "weight_decay": 5e-4, "warmup": 12.0,
+                       "warmup_from": 0.0},
+        {},
+        BN_DECAY,
+    ),
+    "imagenet-supcon-r50": Preset(
+        f"{OFFICIAL}, scripts/supcon_imagenet_resnet50.sh: 78.7 %",
+        LARS_IMAGENET | {"arch": "resnet50", "augment": "auto", "batch": 6144, "epochs": 350, "lr_per_256": 0.4, "weight_decay": 1e-3},
+        PROBE_IMAGENET | {"batch": 6144, "lr_per_256": 0.05},
+    ),
+    "imagenet-supcon-r101": Preset(
+        f"{OFFICIAL}, scripts: SupCon on ImageNet, ResNet-101 (80.2 %; the paper's table says stacked RandAugment)",
+        LARS_IMAGENET | {"arch": "resnet101", "augment": "auto", "batch": 4096, "epochs": 350, "lr_per_256": 0.4, "weight_decay": 1e-4},
+        PROBE_IMAGENET | {"batch": 4096, "lr_per_256": 0.05},
+    ),
+    "imagenet-supcon-r200": Preset(
+        f"{OFFICIAL}, scripts: SupCon on ImageNet, ResNet-200, 81.4 %",
+        LARS_IMAGENET | {"arch": "resnet200", "augment": "stacked-rand", "jitter": 1.0, "batch": 4096, "epochs": 700, "lr_per_256": 0.2, "weight_decay": 1e-4},
+        PROBE_IMAGENET | {"batch": 4096, "lr_per_256": 0.05},
+    ),
+    "imagenet-simclr-r50": Preset(
+        f"{OFFICIAL}, scripts: SimCLR on ImageNet, ResNet-50",
+        IMAGENET | {"arch": "resnet50", "loss": "simclr", "tau": 0.1, "loss_scale": 1.0, "augment": "sim", "jitter": 1.0, "optimizer": "lars", "batch": 6144,
+                    "epochs": 100, "lr_per_256": 0.3, "weight_decay": 1e-4, "warmup": 12.0} | HEAD,
+        {"optimizer": "sgd", "nesterov": True, "momentum": 0.9, "schedule": "cosine", "warmup": 12.0, "epochs": 90, "batch": 6144, "lr_per_256": 0.1,
+         "weight_decay": (1e-6,)},
+        "its projection head has batch norm",
+    ),
+    "imagenet-ce-r50": Preset(
+        f"{OFFICIAL}, scripts: cross-entropy on ImageNet, ResNet-50, 78.2 %",
+        IMAGENET | {"arch": "resnet50", "loss": "ce", "augment": "auto", "nesterov": True, "batch": 6144, "epochs": 200, "lr_per_256": 0.1,
+                    "weight_decay": 1e-4, "warmup": 12.0, "label_smoothing": 0.05},
+        {},
+        BN_DECAY,
+    ),
+    "imagenet-ce-r200": Preset(
+        f"{OFFICIAL}, scripts: cross-entropy on ImageNet, ResNet-200, 80.9 %",
+        IMAGENET | {"arch": "resnet200", "loss": "ce", "augment": "stacked-rand", "jitter": 1.0, "nesterov": True, "batch": 4096, "epochs": 700,
+                    "lr_per_256": 0.1, "weight_decay": 1e-4, "warmup": 12.0, "label_smoothing": 0.05},
+        {},
+        BN_DECAY,
+    ),
+    "imagenet-supcon-queue": Preset(
+        f"Khosla et al. 2020, section 4, and {REFERENCE}/issues/120: a memory of 8192 features, batch 256, SGD, 79.1 % on ResNet-50",
+        IMAGENET | {"arch": "resnet50", "loss": "supcon", "tau": 0.07, "loss_scale": 1.0, "augment": "sim", "crop_min": 0.2, "jitter": 0.5, "batch": 256,
+                    "epochs": 200, "lr": 0.03, "weight_decay": 1e-4, "warmup": 0.0, "queue": 8192, "momentum_encoder": 0.999} | HEAD,
+        {},
+        "batch and memory are the paper's, tau the authors'; epochs, rate and views are MoCo v2's, which they name",
+    ),
+    "cifar10-supcon-solo": Preset(
+        f"{SOLO}: ResNet-18, 93.8 % (online probe)",
+        CIFAR | {"dataset": "cifar10", "loss": "supcon", "tau": 0.2, "loss_scale": 1.0, "arch": "resnet18", "batch": 256, "epochs": 1000, "lr_per_256": 0.4,
+                 "weight_decay": 1e-5, "warmup_from": 3e-5, "augment": "sim", "crop_min": 0.08, "jitter": 1.0, "proj_depth": 2, "proj_hidden": 2048,
+                 "proj_dim": 256},
+        {},
+        "no blur below 65 pixels, bilinear crops, a 3x3 stem with padding 1, and L_out where that code's loss is L_in",
+    ),
+}  # fmt: skip
+
+
+def describe(name):
+    """A preset as lines of text: its source, what it sets in each stage, what differs."""
+    preset = PRESETS[name]
+    yield f"recipe {name}: {preset.source}"
+    for stage, options in (("pretrain.py", preset.pretrain), ("linear_probe.py", preset.probe)):
+        if options:
+            yield f"  {stage} " + " ".join(as_option(k, v) for k, v in options.items())
+    if preset.differs:
+        yield f"  differs: {preset.differs}"
+
+
+def as_option(name, value):
+    option = "--" + name.replace("_", "-")
+    if value is True:
+        return option
+    return " ".join(f"{option} {v:g}" if isinstance(v, float) else f"{option} {v}" for v in (value if isinstance(value, tuple) else (value,)))
+
+
+# ---------------------------------------------------------------- learning rate
+
+
+def scheduled(schedule, t, epoch, *, marks=(0.7, 0.8, 0.9), factor=0.1):
+    """The learning rate as a part of its peak, at the share t of the training, after `epoch` epochs.
+
+    cosine: to 1/1000, as in the reference code; step: times `factor` at each of the `marks`; exponential: times 0.97 every
+    half epoch, as in the official code's probes; constant.
+    """
+    if schedule == "cosine":
+        return 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * t)) / 2
+    if schedule == "step":
+        return factor ** sum(t >= mark for mark in marks)
+    if schedule == "exponential":
+        return 0.97 ** math.floor(2 * epoch)
+    return 1.0
+
+
+def learning_rate(config, step, steps_per_epoch, **marks):
+    """Linear warm-up over config.warmup epochs from config.warmup_from to the schedule's value there, then the schedule."""
+    total, warm = config.epochs * steps_per_epoch, config.warmup * steps_per_epoch
+
+    def planned(step):
+        return config.lr * scheduled(config.schedule, step / total, step / steps_per_epoch, **marks)
+
+    if step < warm:
+        return config.warmup_from + (planned(warm) - config.warmup_from) * step / warm
+    return planned(step)
+
+
+# ---------------------------------------------------------------- optimisers
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rates (You et al. 2017, algorithm 1), as the official code has it.
+
+    A tensor w of weights with gradient g, decay included, moves by v <- momentum v + lr * eta ||w|| / ||g|| * g, w <- w - v.
+    Vectors (biases, batch norm) have neither decay nor adaptation. A zero norm gives the ratio 1.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=1e-3):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                g, ratio = w.grad, 1.0
+                if w.ndim > 1:
+                    g = g + group["weight_decay"] * w
+                    a, b = w.norm(), g.norm()
+                    ratio = torch.where((a > 0) & (b > 0), group["eta"] * a / b, 1.0)
+                v = self.state[w].setdefault("momentum", torch.zeros_like(w))
+                v.mul_(group["momentum"]).add_(group["lr"] * ratio * g)
+                w.sub_(v)
+
+
+def make_optimizer(config, groups, lr):
+    """SGD, LARS, or RMSProp with the official code's decay 0.9 and epsilon 1e-3; each with momentum."""
+    if config.optimizer == "lars":
+        return LARS(groups, lr, config.momentum)
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr, alpha=0.9, eps=1e-3, momentum=config.momentum)
+    return torch.optim.SGD(groups, lr, config.momentum, nesterov=config.nesterov)

@@ -1,0 +1,262 @@
+"""Stage 3: a classifier under common corruptions (Hendrycks & Dietterich 2019; Khosla et al. 2020, table 6 and figure 6).
+
+    python robustness.py runs/cifar10-resnet50-supcon-s0/classifier.pt                          # corruptions made here
+    python robustness.py runs/cifar10-resnet50-supcon-s0/classifier.pt --corrupted CIFAR-10-C   # as published: .npy files
+    python robustness.py runs/imagenet/classifier.pt --corrupted ImageNet-C                     # as published: folders
+    python robustness.py runs/supcon/classifier.pt --baseline runs/ce/classifier.pt --figure
+
+Error for each corruption and severity; accuracy and calibration error for each severity. All fifteen corruptions of
+ImageNet-C give the mCE and the relative mCE, normalised by AlexNet; CIFAR-10-C's convention is the plain mean; fewer give the
+mean error over as many corruptions, and never an mCE. Leaves robustness.json beside the classifier.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torchvision
+
+from corruptions import MADE, NAMES, corrupt
+from figures import draw_robustness, pyplot
+from images import Refused, generator, load_data, read_image, resize, to_size
+from linear_probe import load_classifier, reliability
+from pretrain import choose_device, run_command
+from run_folder import write_aside
+
+SEVERITIES = range(1, 6)
+ALEXNET_CLEAN = 0.43478  # top-1 error of torchvision's AlexNet
+ALEXNET = {  # its errors on ImageNet-C, the mean over the severities (github.com/google-research/augmix)
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880, "glass_blur": 0.826268,
+    "motion_blur": 0.785948, "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572, "fog": 0.819324, "brightness": 0.564592,
+    "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840, "jpeg_compression": 0.606500,
+}  # fmt: skip
+
+# ---------------------------------------------------------------- where corrupted images come from
+
+
+class Made:
+    """Corruptions made of the test images: those that torch and torchvision can make."""
+
+    kind, names = "made", MADE
+
+    def __init__(self, test, limit, seed):
+        self.images, self.labels, self.seed = test.images[:limit], test.labels[:limit], seed
+
+    def batches(self, name, severity):
+        for k, rows in enumerate(torch.arange(len(self.images)).split(500)):
+            g = generator(self.seed, 9, NAMES.index(name), severity, k)
+            yield corrupt(self.images[rows], name, severity, g), self.labels[rows]
+
+
+class Cifar10C:
+    """NAME.npy, uint8 (5 n, 32, 32, 3), the severities one after the other, and labels.npy."""
+
+    kind = "CIFAR-10-C"
+
+    def __init__(self, folder, classifier, limit):
+        self.folder, self.size, self.limit = folder, classifier.size, limit
+        self.names = [name for name in NAMES if (folder / f"{name}.npy").exists()]
+        self.labels = torch.from_numpy(self._read("labels", 1)).long()
+        require_labels(self.labels, len(classifier.classes), folder / "labels.npy")
+
+    def _read(self, name, dims):
+        path = self.folder / f"{name}.npy"
+        try:
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise Refused(f"{path} cannot be read as a .npy file: fetch the set again") from e
+        if values.ndim != dims or len(values) % 5:
+            raise Refused(f"{path} is {values.shape}: it must hold five severities, one after the other")
+        return np.array(values) if dims == 1 else values
+
+    def check(self):
+        for name in self.names:
+            shape = self._read(name, 4).shape
+            if shape[0] != len(self.labels) or shape[3] != 3:
+                raise Refused(f"{self.folder}/{name}.npy is {shape}, and labels.npy has {len(self.labels)} labels: fetch the set again")
+
+    def batches(self, name, severity):
+        values, n = self._read(name, 4), len(self.labels) // 5
+        first = (severity - 1) * n
+        for rows in torch.arange(first, first + min(n, self.limit or n)).split(500):
+            images = torch.from_numpy(np.array(values[rows[0] : rows[-1] + 1])).permute(0, 3, 1, 2)
+            yield resize(images, self.size), self.labels[rows]
+
+
+class ImageNetC:
+    """Folders NAME/SEVERITY/CLASS/*.JPEG, or so below the folders of the published archives (noise, blur, ...)."""
+
+    kind = "ImageNet-C"
+
+    def __init__(self, folder, classifier, limit):
+        self.classes, self.size, self.limit = list(classifier.classes), classifier.size, limit
+        found = {name: [p for p in (folder / name, *sorted(folder.glob(f"*/{name}"))) if p.is_dir()] for name in NAMES}
+        self.places = {name: places[0] for name, places in found.items() if places}
+        self.names = list(self.places)
+
+    def check(self):
+        for name, place in self.places.items():
+            for severity in SEVERITIES:
+                if not (place / str(severity)).is_dir():
+                    raise Refused(f"{place} has no severity {severity}: fetch the set again, or take {name} away")
+                self._folder(place / str(severity))
+
+    def _folder(self, path):
+        try:
+            folder = torchvision.datasets.ImageFolder(path, transform=lambda image: to_size(image, self.size), loader=read_image)
+        except FileNotFoundError as e:
+            raise Refused(f"{path}: {str(e).splitlines()[0]}") from e
+        if folder.classes != self.classes:
+            raise Refused(f"{path} holds {len(folder.classes)} classes, not the {len(self.classes)} that the classifier was fitted to, by name")
+        return folder
+
+    def batches(self, name, severity):
+        folder = self._folder(self.places[name] / str(severity))
+        order = torch.randperm(len(folder), generator=generator(0))[: self.limit].tolist()
+        part = torch.utils.data.Subset(folder, order)
+        yield from torch.utils.data.DataLoader(part, batch_size=500, num_workers=2, multiprocessing_context="fork")
+
+
+def published(folder, classifier, limit):
+    """The set in a folder, its files checked."""
+    if (folder / "labels.npy").exists():
+        corrupted = Cifar10C(folder, classifier, limit)
+    else:
+        corrupted = ImageNetC(folder, classifier, limit)
+    if not corrupted.names:
+        raise Refused(f"--corrupted {folder} holds neither NAME.npy with labels.npy (CIFAR-10-C) nor NAME/SEVERITY/CLASS (ImageNet-C): name the folder of one")
+    corrupted.check()
+    return corrupted
+
+
+def require_labels(labels, num_classes, path):
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise Refused(f"{path} has labels from {labels.min()} to {labels.max()}, out of range for the classifier's {num_classes} classes")
+    if len(labels.unique()) != num_classes:
+        raise Refused(f"{path} has {len(labels.unique())} classes, and the classifier {num_classes}: name the set that it was fitted to")
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+@torch.no_grad()
+def evaluate(classifiers, batches):
+    """[(scores (n, C), labels (n,))] of each classifier on the same images."""
+    scores, labels = [[] for _ in classifiers], []
+    for images, y in batches:
+        labels.append(y)
+        for classifier, parts in zip(classifiers, scores):
+            parts.append(classifier(images).cpu())
+    return [(torch.cat(parts), torch.cat(labels)) for parts in scores]
+
+
+def error_and_calibration(scores, labels):
+    """(top-1 error as a part of 1, expected calibration error)."""
+    return (scores.argmax(1) != labels).double().mean().item(), reliability(scores, labels)[0]
+
+
+def mean_corruption_error(errors):
+    """mCE in percent: the mean over the corruptions of sum_s E_s / sum_s E_s of AlexNet. errors {name: [E_1, ..., E_5]}."""
+    return 100 * sum(np.mean(e) / ALEXNET[name] for name, e in errors.items()) / len(errors)
+
+
+def relative_mean_corruption_error(errors, clean):
+    """relative mCE in percent: as mCE, of what the corruptions add to the error on clean images."""
+    return 100 * sum((np.mean(e) - clean) / (ALEXNET[name] - ALEXNET_CLEAN) for name, e in errors.items()) / len(errors)
+
+
+def summary(kind, clean, errors, ece):
+    """What robustness.json holds of one classifier: clean error, errors and calibration {name: [severity 1, ..., 5]}."""
+    found = {
+        "clean_error": clean[0],
+        "clean_ece": clean[1],
+        "errors": errors,
+        "accuracy_by_severity": [100 * (1 - np.mean([e[s] for e in errors.values()])) for s in range(5)],
+        "ece_by_severity": [float(np.mean([e[s] for e in ece.values()])) for s in range(5)],
+        "mean_error": 100 * float(np.mean(list(errors.values()))),
+        "corruptions": len(errors),
+    }
+    if kind == "ImageNet-C" and len(errors) == len(NAMES):
+        found["mce"] = mean_corruption_error(errors)
+        found["relative_mce"] = relative_mean_corruption_error(errors, clean[0])
+    return found
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.argument("path", metavar="CLASSIFIER", type=click.Path(path_type=Path))
+@click.option("--corrupted", type=click.Path(path_type=Path), help="Folder of CIFAR-10-C or ImageNet-C; without it ten corruptions are made here.")
+@click.option("--baseline", type=click.Path(path_type=Path), help="Another classifier.pt, to compare with.")
+@click.option("--data", show_default="the classifier's", help="Folder of the clean test set.")
+@click.option("--download/--no-download", default=True, help="Fetch what is missing.")
+@click.option("--limit", type=click.IntRange(min=1), show_default="all", help="The first N images of every set.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the noises made here.")
+@click.option("--figure", is_flag=True, help="Draw error and calibration as PNG (needs matplotlib).")
+@click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
+def main(path, corrupted, baseline, data, download, limit, seed, figure, device):
+    """Test CLASSIFIER (a classifier.pt of linear_probe.py) on corrupted images."""
+    if figure:
+        pyplot()  # said now, not after minutes
+    device = choose_device(device)
+    paths = [p / "classifier.pt" if p.is_dir() else p for p in (path, baseline) if p]
+    classifiers = [load_classifier(p, device) for p in paths]
+    ours = classifiers[0]
+    if classifiers[-1].classes != ours.classes or classifiers[-1].size != ours.size:
+        raise Refused(f"--baseline {baseline} was fitted to other classes or another image size than {path}: name one of the same data set")
+    source = published(corrupted, ours, limit) if corrupted else None
+    config = ours.frozen.config
+    test = load_data(ours.dataset, data or config["data"], False, size=ours.size, download=download)
+    if list(test.classes) != list(ours.classes):
+        raise Refused(f"--data {data or config['data']} has other classes than {path} was fitted to: name its own test set")
+    source = source or Made(test, limit, seed)
+
+    clean = [error_and_calibration(*found) for found in evaluate(classifiers, zip(test.images[:limit].split(500), test.labels[:limit].split(500)))]
+    click.echo(f"clean: error {100 * clean[0][0]:.2f} %, calibration error {clean[0][1]:.4f}; {len(test.labels[:limit])} images, {source.kind} corruptions")
+    errors, ece = ([{} for _ in classifiers] for _ in range(2))
+    start = time.perf_counter()
+    for k, name in enumerate(source.names, 1):
+        for severity in SEVERITIES:
+            for c, found in enumerate(evaluate(classifiers, source.batches(name, severity))):
+                error, calibration = error_and_calibration(*found)
+                errors[c].setdefault(name, []).append(error)
+                ece[c].setdefault(name, []).append(calibration)
+        spent = time.perf_counter() - start
+        left = spent / k * (len(source.names) - k)
+        click.echo(f"{name:18} error " + " ".join(f"{100 * e:5.1f}" for e in errors[0][name]) + f" %   {k}/{len(source.names)}, {left / 60:.1f} min left")
+
+    result = {"classifier": str(paths[0]), "kind": source.kind, "images": len(test.labels[:limit]), "seed": seed, "torch": torch.__version__}
+    result |= {"seconds": round(time.perf_counter() - start, 1)} | summary(source.kind, clean[0], errors[0], ece[0])
+    if baseline:
+        result["baseline"] = {"classifier": str(paths[1])} | summary(source.kind, clean[1], errors[1], ece[1])
+        result["ratio_to_baseline"] = float(np.mean([np.sum(errors[0][name]) / max(np.sum(errors[1][name]), 1e-9) for name in source.names]))
+    announce(result)
+    try:
+        write_aside(paths[0].with_name("robustness.json"), lambda f: f.write(json.dumps(result, indent=1).encode() + b"\n"))
+    except OSError as e:
+        raise Refused(f"{paths[0].parent} cannot be written ({e.strerror}): free space, or copy the classifier to a folder that can") from e
+    if figure:
+        click.echo(draw_robustness(paths[0].with_name("robustness.png"), result))
+    return result
+
+
+def announce(result):
+    click.echo("severity      clean     1     2     3     4     5")
+    click.echo("accuracy, %  " + " ".join(f"{v:5.1f}" for v in (100 * (1 - result["clean_error"]), *result["accuracy_by_severity"])))
+    click.echo("calibration  " + " ".join(f"{v:5.3f}" for v in (result["clean_ece"], *result["ece_by_severity"])))
+    if "mce" in result:
+        click.echo(f"mCE {result['mce']:.1f} %, relative mCE {result['relative_mce']:.1f} % (normalised by AlexNet)")
+    elif result["kind"] == "CIFAR-10-C" and result["corruptions"] == len(NAMES):
+        click.echo(f"mean corruption error {result['mean_error']:.2f} % (CIFAR-10-C's convention, not normalised)")
+    else:
+        click.echo(f"mean error over {result['corruptions']} corruptions: {result['mean_error']:.2f} %")
+    if "ratio_to_baseline" in result:
+        click.echo(f"ratio to {result['baseline']['classifier']}: {result['ratio_to_baseline']:.3f} (its mean error {result['baseline']['mean_error']:.2f} %)")
+
+
+if __name__ == "__main__":
+    run_command(main, lower="--limit")
