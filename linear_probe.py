@@ -30,7 +30,8 @@ from images import (
     DATASETS, Refused, ViewParameters, WorkerViews, draw_view, generator, load_data, make_view, normalize, require_same_classes,
     stratified, take, worker_batches,
 )  # fmt: skip
-from pretrain import NOT_NEGATIVE, POSITIVE, Finite, bfloat16_is_fast, build_encoder, choose_device, encode, knn_top1, run_command
+from options import NOT_NEGATIVE, POSITIVE, Finite, run_command
+from pretrain import bfloat16_is_fast, build_encoder, choose_device, encode, knn_top1
 from recipes import PRESETS, as_option, learning_rate, make_optimizer
 from run_folder import load_checkpoint, load_state, write_aside
 

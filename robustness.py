@@ -23,7 +23,8 @@ from corruptions import MADE, NAMES, corrupt
 from figures import draw_robustness, pyplot
 from images import Refused, generator, load_data, read_image, resize, to_size
 from linear_probe import load_classifier, reliability
-from pretrain import choose_device, run_command
+from options import run_command
+from pretrain import choose_device
 from run_folder import write_aside
 
 SEVERITIES = range(1, 6)

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import linear_probe as ours  # noqa: E402
 from images import load_data  # noqa: E402
-from pretrain import choose_device, run_command  # noqa: E402
+from options import run_command  # noqa: E402
+from pretrain import choose_device  # noqa: E402
 
 CELLS = [(lr, decay) for lr in ours.LRS for decay in ours.DECAYS]
 

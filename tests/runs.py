@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-import pretrain
+import options
 from run_folder import load_checkpoint
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def refusal(script, arguments, monkeypatch, capsys):
     """The one line on stderr with which a script ends, at exit status 2, for what a user can put right."""
     monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        pretrain.run_command(script.main)
+        options.run_command(script.main)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
     return error

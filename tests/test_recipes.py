@@ -1,5 +1,7 @@
 """The papers' numbers, the schedules, LARS, the queue, and what is done to labels and batches."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import images
+import options
 import pretrain
 import recipes
 import reference_numpy as ref
@@ -82,11 +85,11 @@ def test_every_preset_takes_a_step(name, tmp_path, capsys):
 
 def test_options_override_a_preset_and_what_is_bound_to_them():
     given = {"loss": "ce", "lr": 0.3, "epochs": 5}
-    options = {"recipe": "imagenet-supcon-r50", "loss": "ce", "lr": 0.3, "epochs": 5}
-    taken = pretrain.of_preset(options, set(given))
+    wanted = given | {"recipe": "imagenet-supcon-r50"}
+    taken = options.of_preset(wanted, set(given))
     assert not {"loss", "tau", "loss_scale", "proj_depth", "lr", "lr_per_256", "epochs", "warmup"} & taken.keys()
     assert taken["optimizer"] == "lars" and taken["batch"] == 6144
-    assert pretrain.of_preset(options | {"loss": "supcon"}, {"loss"})["tau"] == 0.1  # given, but as the preset has it
+    assert options.of_preset(wanted | {"loss": "supcon"}, {"loss"})["tau"] == 0.1  # given, but as the preset has it
 
 
 def test_recipe_list_prints_every_number(capsys):
@@ -100,7 +103,7 @@ def test_recipe_list_prints_every_number(capsys):
 
 
 def config(**options):
-    return pretrain.SimpleNamespace(**{"lr": 0.5, "epochs": 1000, "warmup": 10.0, "warmup_from": 0.01, "schedule": "cosine"} | options)
+    return SimpleNamespace(**{"lr": 0.5, "epochs": 1000, "warmup": 10.0, "warmup_from": 0.01, "schedule": "cosine"} | options)
 
 
 def test_warmup_and_cosine_are_the_reference_codes():
@@ -301,7 +304,7 @@ def test_learning_curves_are_drawn_from_logs(trained, tmp_path, monkeypatch, cap
 
 def test_contradictions_among_the_newer_options_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for options, words in [
+    for arguments, words in [
         (["--lr", "1", "--lr-per-256", "1"], "leave one out"),
         (["--queue", "9", "--loss", "triplet"], "--queue has no meaning for --loss triplet"),
         (["--queue", "9", "--mix", "mixup"], "leave one out"),
@@ -315,5 +318,5 @@ def test_contradictions_among_the_newer_options_are_refused(tmp_path, monkeypatc
         (["--subset", "0"], "--subset"),
         (["--label-noise", "1.5"], "--label-noise"),
     ]:
-        assert words in refusal(pretrain, [*SMALL, *options], monkeypatch, capsys)
+        assert words in refusal(pretrain, [*SMALL, *arguments], monkeypatch, capsys)
     assert not list(tmp_path.iterdir())

@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-import images
 import linear_probe
 import pretrain
+import recipes
 from runs import ONE_THREAD, PROJECT, SMALL, TORCHRUN, folder_of, log_of, state_of
 
 
 RANKS = '''
-import sys, torch, pretrain
+import sys, torch, options, pretrain
 make = pretrain.build_encoder
 def frozen_statistics(*arguments):
     encoder, width = make(*arguments)
@@ -23,7 +23,7 @@ def frozen_statistics(*arguments):
             module.train = lambda mode=True, module=module: module
     return encoder, width
 pretrain.build_encoder = frozen_statistics
-pretrain.run_command(pretrain.main)
+options.run_command(pretrain.main)
 '''
 
 
@@ -58,10 +58,10 @@ def test_of_the_two_passes_over_a_part_one_moves_the_running_statistics(tmp_path
     assert {int(v) for k, v in encoder.items() if k.endswith("num_batches_tracked")} == {4 * 5}
 
 
-@pytest.mark.parametrize("loss", list(pretrain.LOSSES))
+@pytest.mark.parametrize("loss", list(recipes.LOSSES))
 def test_every_loss_trains_and_its_checkpoint_is_probed(loss, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    entry = pretrain.main([*SMALL, "--epochs", "1", "--loss", loss], standalone_mode=False)
+    pretrain.main([*SMALL, "--epochs", "1", "--loss", loss], standalone_mode=False)
     run = tmp_path / f"runs/shapes-small-{loss}-s0"
     assert {line["step"] for line in log_of(run)} == {1, 2, 3, 4}
     last = log_of(run)[-1]

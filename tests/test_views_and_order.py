@@ -157,15 +157,15 @@ def test_schedule_is_the_reference_codes():
 
 def test_collapsed_features_give_the_announced_loss_and_nothing_falls_below_the_floor():
     labels = torch.arange(4).repeat(8)
-    config = SimpleNamespace(loss="supcon", batch=32, views=2, loss_scale=1.5, tau=0.1, ce_weight=0)
+    config = SimpleNamespace(loss="supcon", batch=32, views=2, loss_scale=1.5, tau=0.1, ce_weight=0, mix=None, queue=0)
     collapse, floor = pretrain.collapse_and_floor(config, labels)
     same = torch.ones(64, 3, dtype=torch.double) / math.sqrt(3)
-    assert 1.5 * pretrain.contrastive_loss(config, same, labels, torch.arange(len(labels))).item() == pytest.approx(collapse)
+    assert 1.5 * pretrain.contrastive_loss(config, same, labels.repeat(2), torch.arange(len(labels)), None).item() == pytest.approx(collapse)
     apart = torch.eye(4, dtype=torch.double)[labels.repeat(2)]
-    assert floor <= 1.5 * pretrain.contrastive_loss(config, apart, labels, torch.arange(len(labels))).item() < floor + 0.01
+    assert floor <= 1.5 * pretrain.contrastive_loss(config, apart, labels.repeat(2), torch.arange(len(labels)), None).item() < floor + 0.01
     config.loss, config.tau = "simclr", 0.01
     collapse, floor = pretrain.collapse_and_floor(config, labels)
-    assert floor == 0 and 1.5 * pretrain.contrastive_loss(config, same, labels, torch.arange(len(labels))).item() == pytest.approx(collapse)
+    assert floor == 0 and 1.5 * pretrain.contrastive_loss(config, same, labels.repeat(2), torch.arange(len(labels)), None).item() == pytest.approx(collapse)
 
 
 def test_joint_loss_weighs_contrast_and_cross_entropy_and_detach_cuts_the_encoder():
