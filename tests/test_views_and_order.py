@@ -170,10 +170,10 @@ def test_collapsed_features_give_the_announced_loss_and_nothing_falls_below_the_
 
 def test_joint_loss_weighs_contrast_and_cross_entropy_and_detach_cuts_the_encoder():
     z, logits, labels = torch.randn(8, 3), torch.randn(8, 2), torch.tensor([0, 1, 0, 1])
-    config = SimpleNamespace(loss="supcon", views=2, loss_scale=2.0, tau=0.1, ce_weight=0.25)
+    config = SimpleNamespace(loss="supcon", views=2, loss_scale=2.0, tau=0.1, ce_weight=0.25, label_smoothing=0.0)
     y = labels.repeat(2)
     expected = 0.75 * 2 * pretrain.losses.supcon_out(z, y) + 0.25 * torch.nn.functional.cross_entropy(logits, y)
-    assert torch.isclose(pretrain.total_loss(config, z, logits, labels, torch.arange(len(labels))), expected)
+    assert torch.isclose(pretrain.total_loss(config, z, logits, y, torch.arange(len(labels))), expected)
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
     for detach in (True, False):
         model = pretrain.Model(encoder, None, torch.nn.Linear(5, 2), detach=detach)
