@@ -22,7 +22,7 @@ SMALL = {  # by severity 1 to 5, for images up to 64 pixels
     "shot_noise": (500, 250, 100, 75, 50),
     "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),
     "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
-    "zoom_blur": ((6, 0.01), (11, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)),
+    "zoom_blur": ((7, 0.01), (12, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)),  # the lengths of its float ranges
     "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),
     "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
     "elastic_transform": ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
@@ -34,7 +34,7 @@ LARGE = {
     "shot_noise": (60, 25, 12, 5, 3),
     "impulse_noise": (0.03, 0.06, 0.09, 0.17, 0.27),
     "defocus_blur": ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
-    "zoom_blur": ((11, 0.01), (16, 0.01), (11, 0.02), (13, 0.02), (11, 0.03)),
+    "zoom_blur": ((12, 0.01), (16, 0.01), (11, 0.02), (13, 0.02), (11, 0.03)),
     "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),
     "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),
     "elastic_transform": ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
@@ -111,7 +111,7 @@ def contrast(x, c, g):
 def elastic_transform(x, c, g):
     """A random affine map that moves three corners by up to c[2] H, then displacements of c[0] H, smoothed over c[1] H."""
     n, _, H, _ = x.shape
-    alpha, sigma, shift = (v * (H if H <= 64 else 244) for v in c)  # 244 is the benchmark's own number for 224 pixels
+    alpha, sigma, shift = (v * (H if H <= 64 else H * 244 / 224) for v in c)  # the benchmark says 244 at 224 pixels
     middle, third = H // 2, H // 3
     corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * third + middle
     moved = corners + shift * (2 * torch.rand(n, 3, 2, generator=g) - 1)
@@ -119,18 +119,19 @@ def elastic_transform(x, c, g):
     back = torch.linalg.solve(torch.cat([moved, ones], 2), corners.expand(n, 3, 2))  # (n, 3, 2): where an output pixel comes from
     axis = torch.arange(H, dtype=torch.float32)
     pixel = torch.stack([axis.expand(H, H), axis[:, None].expand(H, H), torch.ones(H, H)], 2)  # x, y, 1
-    x = sample(x, pixel.view(1, -1, 3) @ back, "reflection")
+    x = sample(x, pixel.view(1, -1, 3) @ back, about_centres=True)
     noise = 2 * torch.rand(n, 2, H, H, generator=g) - 1
     weights = gaussian_rows(H, sigma)
     displaced = alpha * (weights @ noise @ weights.T)  # (n, 2, H, H)
-    return sample(x, pixel[None, :, :, :2].flatten(1, 2) + displaced.flatten(2).transpose(1, 2), "reflection")
+    return sample(x, pixel[None, :, :, :2].flatten(1, 2) + displaced.flatten(2).transpose(1, 2), about_centres=False)
 
 
-def sample(x, places, padding):
-    """x (n, 3, H, H) at `places` (n, H^2, 2), columns and rows in pixels, between pixels linearly."""
+def sample(x, places, about_centres):
+    """x (n, 3, H, H) at `places` (n, H^2, 2), columns and rows in pixels, between pixels linearly; beyond the image mirrored
+    about the centres of its outermost pixels, or about their edges."""
     H = x.shape[-1]
-    grid = (2 * places / (H - 1) - 1).view(len(places), H, H, 2)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode=padding, align_corners=True)
+    grid = 2 * places / (H - 1) - 1 if about_centres else (2 * places + 1) / H - 1
+    return F.grid_sample(x, grid.view(len(places), H, H, 2), padding_mode="reflection", align_corners=about_centres)
 
 
 def gaussian_rows(size, sigma):

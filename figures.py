@@ -93,7 +93,7 @@ def draw_robustness(path, result):
 
 def read_log(run):
     try:
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
     except (OSError, ValueError) as e:
         raise Refused(f"{run} has no readable log.jsonl: name the folder of a run") from e
     if not any("loss" in entry for entry in log):

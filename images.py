@@ -4,6 +4,7 @@ Everything random is drawn from a generator that belongs to a key such as (seed,
 do not depend on how a batch falls to ranks, nor on whether a run was interrupted.
 """
 
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,7 +101,10 @@ def require_same_classes(train, test, root):
 def load_folder(root, train, size, limit=None, stream=False):
     """torchvision's ImageFolder over root/train, or root/test or root/val; shuffled once, by a fixed seed."""
     names = ["train"] if train else ["test", "val"]
-    found = [Path(root, name) for name in names if Path(root, name).is_dir()]
+    try:
+        found = [Path(root, name) for name in names if Path(root, name).is_dir()]
+    except OSError as e:  # a name too long, a folder that may not be read
+        raise Refused(f"--data {str(root)[:80]} cannot be read ({e.strerror}): name another folder") from e
     if not found:
         raise Missing(f"--data {root} has no folder {' or '.join(names)}: --dataset folder wants DIR/train/CLASS/*.jpg")
     try:
@@ -133,10 +137,9 @@ def read_image(path):
 
 
 def take(data, rows):
-    """The images at `rows`, in this order."""
+    """The images at `rows`, which are in the order of the data: of a streamed folder its sample's stay the first ones."""
     files = None if data.files is None else [data.files[row] for row in rows.tolist()]
-    images = data.images[rows] if data.files is None else data.images  # of a streamed folder: the sample stays
-    return data._replace(images=images, labels=data.labels[rows], files=files)
+    return data._replace(images=data.images[rows[rows < len(data.images)]], labels=data.labels[rows], files=files)
 
 
 def stratified(labels, fraction, g):
@@ -160,8 +163,11 @@ def mean_and_std(dataset, images):
 
 
 def to_size(image, size):
-    """The middle of an image whose shorter side is brought to `size`."""
-    return TF.center_crop(TF.resize(image, size, antialias=True), size)
+    """The middle, `size` pixels square, of an image whose shorter side is brought to 8/7 of it (256 to 224, as for ImageNet),
+    or up to 64 pixels to `size` itself. An image of that size stays as it is."""
+    if image.shape[-2:] == (size, size):
+        return image
+    return TF.center_crop(TF.resize(image, size * 8 // 7 if size > 64 else size, antialias=True), size)
 
 
 def resize(images, size):
@@ -349,7 +355,7 @@ class WorkerViews(torch.utils.data.Dataset):
         policies = transforms.AutoAugmentPolicy.CIFAR10 if size <= 64 else transforms.AutoAugmentPolicy.IMAGENET
         crop = [transforms.RandomResizedCrop(size, scale=(crop_min, 1), antialias=True), transforms.RandomHorizontalFlip()]
         steps = {
-            "none": [transforms.Resize(size, antialias=True), transforms.CenterCrop(size)],
+            "none": [transforms.Lambda(functools.partial(to_size, size=size))],
             "auto": [*crop, transforms.AutoAugment(policies)],
             "rand": [*crop, transforms.RandAugment()],
             "stacked-rand": [*crop, transforms.RandAugment()],
@@ -400,7 +406,7 @@ def shuffled_pairs(labels, g):
     show C classes, as Sohn's batches do. Small classes recur."""
     members = [m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels)]
     pairs = [m[: len(m) // 2 * 2].view(-1, 2) for m in members]
-    count = max(math.ceil(len(labels) / (2 * len(pairs))), *map(len, pairs))
+    count = math.ceil(len(labels) / (2 * len(pairs)))
     rounds = torch.stack([p[torch.arange(count) % len(p)] for p in pairs], 1)  # (count, C, 2)
     return rounds[:, torch.randperm(len(pairs), generator=g)].flatten()[: len(labels)]
 

@@ -13,6 +13,7 @@ classifier.pt (probe-DATASET.json for another data set); load_classifier makes o
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,14 +31,14 @@ from images import (
     DATASETS, Refused, ViewParameters, WorkerViews, draw_view, generator, load_data, make_view, normalize, require_same_classes,
     stratified, take, worker_batches,
 )  # fmt: skip
+from metrics import best_temperature, confusion, knn_top1, per_class, reliability, topk, worst_confusions
 from options import NOT_NEGATIVE, POSITIVE, Finite, run_command
-from pretrain import bfloat16_is_fast, build_encoder, choose_device, encode, knn_top1
+from pretrain import bfloat16_is_fast, build_encoder, choose_device, encode
 from recipes import PRESETS, as_option, learning_rate, make_optimizer
 from run_folder import load_checkpoint, load_state, write_aside
 
 LRS, DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3, 1e-2)  # the grid, on standardised features
 HELD_OUT = 0.1
-BINS = 15
 
 # ---------------------------------------------------------------- the frozen encoder
 
@@ -89,18 +90,18 @@ def fingerprint(module):
 
 
 @torch.no_grad()
-def extract(frozen, data, key=None, batch=500):
-    """r (n, width) of the images as they are; with a key, of views cropped and flipped (0.2 to 1 of the area) as it draws."""
-    rows = torch.arange(len(data.labels)).split(batch)
+def extract(frozen, data, key=None, batch=500, workers=2):
+    """r (n, width) of the images as they are; with a key, of views that it draws: cropped as in training, and flipped."""
+    rows, crop_min = torch.arange(len(data.labels)).split(batch), frozen.config.get("crop_min", 0.2)
     if data.files is not None:
-        items = ([(row, *(key or ())) for row in part.tolist()] for part in rows)
-        read = worker_batches(WorkerViews(data, "none" if key is None else "crop"), items, workers=2)
+        items = ([(row, *key, row) if key else (row,) for row in part.tolist()] for part in rows)
+        read = worker_batches(WorkerViews(data, "crop" if key else "none", crop_min), items, workers)
         return torch.cat([frozen(x) for x in read])
     if key is None:
         return torch.cat([frozen(data.images[part]) for part in rows])
     parts, device = [], frozen.mean.device
     for k, part in enumerate(rows):
-        view = draw_view(len(part), frozen.size, "crop", generator(*key, k))
+        view = draw_view(len(part), frozen.size, "crop", generator(*key, k), crop_min=crop_min)
         view = ViewParameters(*(p.to(device) for p in view[:-1]), view.order)
         parts.append(frozen.encode(make_view(data.images[part].to(device), view, frozen.mean, frozen.std)))
     return torch.cat(parts)
@@ -146,7 +147,7 @@ def as_linear(weight, bias):
 
 class Probe(NamedTuple):
     classifier: nn.Linear  # of r
-    temperature: float  # that the held-out images ask for
+    temperature: float  # that the held-out images ask for, of the cell as it was fitted to the others
     cell: tuple  # the learning rate and weight decay that were best there
     held_out_top1: float | None  # of that cell; None where there were too few images to hold any out
     grid: list  # [learning rate, weight decay, top-1 on the held-out images] of every cell
@@ -155,46 +156,47 @@ class Probe(NamedTuple):
 def probe(r, labels, num_classes, cells, fit, augmented=None):
     """Chooses a cell and a temperature on a tenth of the training features r (n, D), then fits that cell to all of them.
 
-    augmented(epoch) gives r of augmented images for the second fit.
+    augmented(epoch) gives r of augmented images for the second fit. Raises Refused where a fit does not stay finite.
     """
-    centre, spread = (r.mean(0), r.std(0).clamp(min=1e-6)) if fit.standardize else (r.new_zeros(1), r.new_ones(1))
-    x = (r - centre) / spread
-    held = stratified(labels.cpu(), HELD_OUT, generator(fit.seed, 7)).to(r.device)
-    kept = torch.ones(len(r), dtype=torch.bool, device=r.device).index_fill(0, held, False)
+    centre, spread = r.new_zeros(1), r.new_ones(1)
+    if fit.standardize:
+        centre, spread = r.mean(0), r.std(0, correction=0)
+        spread = torch.where(spread > 1e-6, spread, 1)  # what never moves here may move in augmented images
+    x = (r - centre).div_(spread)
+    kept, held = hold_out(labels, fit.seed)
     cell, temperature, held_out_top1, grid = cells[0], 1.0, None, []
-    if len(labels[kept].unique()) == len(labels.unique()):  # else there is nothing to choose with
-        weights, biases = fit_cells(lambda epoch: x[kept], labels[kept], num_classes, cells, fit)
-        scores = torch.einsum("nd,kcd->knc", x[held], weights) + biases[:, None]
-        top1 = [topk(s, labels[held], 1) for s in scores]
-        grid = [[*cell, round(accuracy, 3)] for cell, accuracy in zip(cells, top1)]
-        best = max(range(len(cells)), key=lambda k: (top1[k], -F.cross_entropy(scores[k], labels[held]).item()))
-        cell, held_out_top1, temperature = cells[best], top1[best], best_temperature(scores[best], labels[held])
+    if len(held):
+        x_kept = x[kept]
+        fitted = fit_cells(lambda epoch: x_kept, labels[kept], num_classes, cells, fit)
+        best, y = None, labels[held]
+        for cell_k, weight, bias in zip(cells, *fitted):
+            scores = x[held] @ weight.T + bias
+            top1, nll = topk(scores, y, 1), F.cross_entropy(scores, y).item()
+            grid.append([*cell_k, round(top1, 3)])
+            if scores.isfinite().all() and (best is None or (top1, -nll) > best):
+                best, cell, held_out_top1, temperature = (top1, -nll), cell_k, top1, best_temperature(scores, y)
 
     def features_of(epoch):
         return x if augmented is None else (augmented(epoch) - centre) / spread
 
     weights, biases = fit_cells(features_of, labels, num_classes, [cell], fit)
+    if not (weights.isfinite().all() and biases.isfinite().all()):
+        raise Refused(f"the probe did not stay finite at a learning rate of {cell[0]:g}: lower --lr or lengthen --warmup")
     weight = weights[0] / spread
     return Probe(as_linear(weight, biases[0] - (weight * centre).sum(1)), temperature, cell, held_out_top1, grid)
 
 
-def best_temperature(scores, labels):
-    """T > 0 of the least cross-entropy of scores / T (Guo et al. 2017)."""
-    log_t = torch.zeros((), device=scores.device, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(scores.double() / log_t.clamp(-7, 7).exp(), labels)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return log_t.clamp(-7, 7).exp().item()
+def hold_out(labels, seed):
+    """(kept, held): rows of a tenth of every class that has two images or more, and all others."""
+    labels = labels.cpu()
+    several = torch.nonzero(torch.bincount(labels)[labels] > 1).squeeze(1)
+    held = several[stratified(labels[several], HELD_OUT, generator(seed, 7))] if len(several) else several
+    kept = torch.ones(len(labels), dtype=torch.bool).index_fill(0, held, False)
+    return torch.nonzero(kept).squeeze(1), held
 
 
 class Classifier(nn.Module):
-    """Images, as Frozen takes them, -> class scores (n, C). Divided by `temperature` they are calibrated."""
+    """Images, as Frozen takes them, -> class scores (n, C); divided by `temperature`, as the held-out images ask for."""
 
     def __init__(self, frozen, linear, classes, temperature, dataset):
         super().__init__()
@@ -206,6 +208,7 @@ class Classifier(nn.Module):
 
 
 FORMAT = "supcon-probe-2"
+CONTENTS = {"config", "dataset", "encoder", "mean", "std", "weight", "bias", "temperature", "classes"}
 
 
 def load_classifier(path, device="cpu"):
@@ -216,49 +219,14 @@ def load_classifier(path, device="cpu"):
         raise Refused(f"there is no classifier {path}: run linear_probe.py, and name its classifier.pt") from e
     except Exception as e:  # of a zip archive, of pickle, of the file system
         raise Refused(f"{path} cannot be read as a classifier of linear_probe.py ({type(e).__name__}): name another") from e
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT or not CONTENTS <= contents.keys():
         raise Refused(f"{path} is not a classifier of linear_probe.py: run it, and name the classifier.pt that it leaves")
     frozen = frozen_from(contents, path, torch.device(device))
     linear = as_linear(contents["weight"].to(device), contents["bias"].to(device))
     return Classifier(frozen, linear, contents["classes"], contents["temperature"], contents["dataset"]).eval()
 
 
-# ---------------------------------------------------------------- what is measured
-
-
-def topk(scores, labels, k):
-    """Accuracy in percent: how often the label is among the k highest scores."""
-    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return 100 * (best == labels[:, None]).any(1).double().mean().item()
-
-
-def confusion(scores, labels):
-    """(C, C): how many images of class i are taken for class j."""
-    n = scores.shape[1]
-    return torch.bincount(labels * n + scores.argmax(1), minlength=n * n).view(n, n)
-
-
-def worst_confusions(scores, labels, classes, count=5):
-    """The most frequent mistakes as [true class, predicted class, percent of the true class's images]."""
-    n, table = len(classes), confusion(scores, labels).double()
-    share = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
-    share.fill_diagonal_(0)
-    values, where = share.flatten().topk(min(count, n * n))
-    return [[classes[i // n], classes[i % n], round(v, 2)] for v, i in zip(values.tolist(), where.tolist()) if v > 0]
-
-
-def reliability(scores, labels, bins=BINS):
-    """(expected calibration error, table): confidences in `bins` equal bins (a, b], each row [images, mean confidence,
-    accuracy]; the error is the mean over the images of their bin's |accuracy - confidence| (Guo et al. 2017)."""
-    confidence, predicted = scores.double().softmax(1).max(1)
-    right = (predicted == labels).double()
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    count, total, hits = (torch.zeros(bins, dtype=torch.double, device=scores.device) for _ in range(3))
-    for sums, values in ((count, torch.ones_like(right)), (total, confidence), (hits, right)):
-        sums.index_add_(0, which, values)
-    table = torch.stack([count, total / count.clamp(min=1), hits / count.clamp(min=1)], 1)
-    error = (count * (table[:, 2] - table[:, 1]).abs()).sum() / len(labels)
-    return error.item(), table.tolist()
+# ---------------------------------------------------------------- what is measured beside
 
 
 def geometry(frozen, test, seed, count=2000):
@@ -272,15 +240,19 @@ def geometry(frozen, test, seed, count=2000):
 
 
 def baselines(frozen, train, test, cells, fit):
-    """Top-1 of the same probe on raw pixels and on an untrained encoder of the same kind."""
+    """Top-1 of the same grid on raw pixels, where they are in memory, and on an untrained encoder of the same kind."""
     device, C = frozen.mean.device, len(train.classes)
     torch.manual_seed(fit.seed)
     encoder, _ = build_encoder(frozen.config["arch"], frozen.config["stem"])
     untrained = Frozen(encoder, frozen.mean, frozen.std, frozen.config, device)
-    found, y = {}, [d.labels.to(device) for d in (train, test)]
-    for name, r_of in (("raw_pixels", lambda d: d.images.flatten(1).to(device).float() / 255), ("untrained_encoder", lambda d: extract(untrained, d))):
-        classifier = probe(r_of(train), y[0], C, cells, fit).classifier
-        found[f"{name}_top1"] = topk(classifier(r_of(test)), y[1], 1)
+    kinds = {"untrained_encoder": lambda d: extract(untrained, d)}
+    if train.files is None:
+        kinds = {"raw_pixels": lambda d: d.images.flatten(1).to(device).float() / 255} | kinds
+    found, y_train, y_test = {}, train.labels.to(device), test.labels.to(device)
+    for name, r_of in kinds.items():
+        classifier = probe(r_of(train), y_train, C, cells, fit).classifier
+        found[f"{name}_top1"] = topk(classifier(r_of(test)), y_test, 1)
+        click.echo(f"the same grid on {'raw pixels' if name == 'raw_pixels' else 'the untrained encoder'}: top-1 {found[f'{name}_top1']:.2f} %")
     return found
 
 
@@ -295,6 +267,7 @@ def baselines(frozen, train, test, cells, fit):
 @click.option("--download/--no-download", default=True, help="Fetch what is missing.")
 @click.option("--limit", type=click.IntRange(min=2), show_default="all", help="Fit to the first N training images.")
 @click.option("--fraction", type=Finite(0, 1, min_open=True), default=1.0, help="Fit to this part of every class.")
+@click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read a streamed folder.")
 @click.option("--augment", is_flag=True, help="Fit to crops and flips, encoded anew in every epoch, as the papers do.")
 @click.option("--standardize/--no-standardize", default=True, help="Bring every feature to mean 0 and deviation 1.")
 @click.option("--l2-normalize", is_flag=True, help="Bring r to norm 1 first.")
@@ -314,7 +287,7 @@ def baselines(frozen, train, test, cells, fit):
 @click.option("--figure", is_flag=True, help="Draw reliability, confusions and a 2-D projection as PNG (needs matplotlib).")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
 @click.pass_context
-def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, augment, with_baselines, figure, device, **options):
+def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, workers, augment, l2_normalize, with_baselines, figure, device, **options):
     """Fit a linear classifier to the frozen features of CHECKPOINT (a ckpt.pt of pretrain.py, or its folder) and test it."""
     given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
     fit, cells = complete_fit(recipe, options, given)
@@ -323,10 +296,11 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
     device = choose_device(device)
     checkpoint = checkpoint / "ckpt.pt" if checkpoint.is_dir() else checkpoint
     frozen = load_encoder(checkpoint, device)
-    if options["l2_normalize"]:
-        frozen.config["normalize_encoder"] = True
-    own, before = frozen.config["dataset"], fingerprint(frozen)
-    dataset, data = dataset or own, data or frozen.config["data"]
+    if not os.access(checkpoint.parent, os.W_OK):
+        raise Refused(f"{checkpoint.parent} cannot be written: copy the checkpoint to a folder that can")
+    own, before = (frozen.config["dataset"], frozen.config["data"]), fingerprint(frozen)
+    dataset, data = dataset or own[0], data or own[1]
+    frozen.config |= {"data": data} | ({"normalize_encoder": True} if l2_normalize else {})
     source = {"size": frozen.size, "download": download, "stream": frozen.config.get("stream", False) and dataset == "folder"}
     train, test = load_data(dataset, data, True, limit=limit, **source), load_data(dataset, data, False, **source)
     require_same_classes(train, test, data)
@@ -337,12 +311,15 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
     y_train, y_test = train.labels.to(device), test.labels.to(device)
 
     start = time.perf_counter()
-    r_train, r_test = extract(frozen, train), extract(frozen, test)
+    r_train, r_test = (extract(frozen, d, workers=workers) for d in (train, test))
     extracted = time.perf_counter()
-    augmented = (lambda epoch: extract(frozen, train, key=(fit.seed, 6, epoch))) if augment else None
+    augmented = (lambda epoch: extract(frozen, train, key=(fit.seed, 6, epoch), workers=workers)) if augment else None
     found = probe(r_train, y_train, len(train.classes), cells, fit, augmented)
+    if found.held_out_top1 is None:
+        click.echo("no class has two images: nothing to choose with, so the first learning rate and weight decay are taken", err=True)
     scores = found.classifier(r_test)
     fitted = time.perf_counter()
+    shared = vars(fit) | {"lr": found.cell[0], "augment": augment, "l2_normalize": l2_normalize, "fraction": fraction, "limit": limit}
     result = {
         "checkpoint": str(checkpoint),
         "dataset": dataset,
@@ -366,50 +343,45 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
         "test_images": len(y_test),
         "extract_seconds": round(extracted - start, 2),
         "fit_seconds": round(fitted - extracted, 2),
-        "fit": vars(fit) | {"augment": augment, "fraction": fraction},
+        "fit": shared,
         "torch": torch.__version__,
     }
     announce(result, frozen.config["loss"])
-    if with_baselines:
-        result |= baselines(frozen, train, test, cells, fit)
-        click.echo(f"the same probe on raw pixels: top-1 {result['raw_pixels_top1']:.2f} %")
-        click.echo(f"the same probe on the untrained encoder: top-1 {result['untrained_encoder_top1']:.2f} %")
     if fingerprint(frozen) != before:
         raise RuntimeError("the encoder changed while it was probed")
-    suffix = "" if dataset == own else f"-{dataset}"
+    other = [dataset] if dataset != own[0] else [Path(data).name] * (data != own[1])
+    kind = other + [f"{fraction:g}"] * (fraction < 1) + [recipe] * (recipe is not None)
+    suffix = "".join(f"-{part}" for part in kind)  # one probe does not overwrite another's files
     write(checkpoint.parent, suffix, result, frozen, found, train.classes)
     if figure:
         click.echo(draw_probe(checkpoint.with_name(f"probe{suffix}.png"), result, confusion(scores, y_test), r_test, y_test, test.classes))
+    if with_baselines:
+        result |= baselines(frozen, train, test, cells, fit)
+        write(checkpoint.parent, suffix, result, frozen, found, train.classes)
     return result
 
 
 def complete_fit(recipe, options, given):
     """(what all cells of the grid share, the cells), with a preset's numbers where no option is given."""
     options = dict(options)
+    if {"lr", "lr_per_256"} <= given:
+        raise Refused("--lr and --lr-per-256 both set the learning rate: leave one out")
     if recipe:
         preset = {"nesterov": False, "standardize": False, "warmup": 0.0} | PRESETS[recipe].probe
         bound = {"lr", "lr_per_256"} if {"lr", "lr_per_256"} & given else set()
-        options |= {k: v for k, v in preset.items() if k not in given | bound | {"augment"}}
-        click.echo(f"recipe {recipe}: {PRESETS[recipe].source}\n  " + " ".join(as_option(k, v) for k, v in preset.items()))
-    if {"lr", "lr_per_256"} <= given:
-        raise Refused("--lr and --lr-per-256 both set the learning rate: leave one out")
+        options |= {k: v for k, v in preset.items() if k not in given | bound}
+        click.echo(f"recipe {recipe}: {PRESETS[recipe].source}\n  " + " ".join(as_option(k, options[k]) for k in preset if options[k] is not None))
     if options["optimizer"] != "sgd" or not options["momentum"]:
         if options["nesterov"] and "nesterov" in given:
             raise Refused("--nesterov is SGD's, with a --momentum above 0: leave it out")
         options["nesterov"] = False
     if options["warmup"] >= options["epochs"]:
-        if "warmup" in given or not recipe:
+        if "warmup" in given:
             raise Refused(f"--warmup {options['warmup']} must be shorter than --epochs {options['epochs']}")
         options["warmup"] = 0.0
     lrs, decays, per_256 = (options.pop(k) for k in ("lr", "weight_decay", "lr_per_256"))
     lrs = (per_256 * options["batch"] / 256,) if per_256 else lrs
-    options.pop("l2_normalize")
     return SimpleNamespace(**options, lr=1.0, warmup_from=0.0), [(lr, decay) for lr in lrs for decay in decays]
-
-
-def per_class(scores, labels, classes):
-    table = confusion(scores, labels).double()
-    return dict(zip(classes, (100 * table.diagonal() / table.sum(1).clamp(min=1)).tolist()))
 
 
 def announce(result, loss):

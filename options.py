@@ -5,6 +5,7 @@ fill in the defaults that depend on the rest, and refuse what cannot work, in on
 """
 
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ class Finite(click.FloatRange):
 
 
 POSITIVE, NOT_NEGATIVE = Finite(min=0, min_open=True), Finite(min=0)
-COUNT = click.IntRange(min=1)
+COUNT = click.IntRange(1, 2**31 - 1)
 ARCHS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet200")
 
 OPTIONS = [
@@ -37,7 +38,7 @@ OPTIONS = [
     click.option("--dataset", type=click.Choice(DATASETS), default="shapes", help="shapes is generated, folder reads DATA/train/CLASS/*.jpg."),
     click.option("--data", default="data", help="Folder of the data sets."),
     click.option("--download/--no-download", default=True, help="Fetch what is missing."),
-    click.option("--size", type=click.IntRange(min=8), show_default="the data set's own; 32 for folder and shapes", help="Image side in pixels."),
+    click.option("--size", type=click.IntRange(8, 8192), show_default="the data set's own; 32 for folder and shapes", help="Image side in pixels."),
     click.option("--limit", type=COUNT, help="Train on the first N images (a folder is shuffled, by a fixed seed)."),
     click.option("--subset", type=Finite(0, 1, min_open=True), default=1.0, help="Train on this part of every class."),
     click.option("--label-noise", type=Finite(0, 1), default=0.0, help="Part of the labels that are exchanged for another (symmetric)."),
@@ -47,8 +48,8 @@ OPTIONS = [
     click.option("--jitter", type=Finite(0, 2), default=0.5, help="Strength of sim's colours: 0.8, 0.8, 0.8, 0.2 times this."),
     click.option("--mix", type=click.Choice(["mixup", "cutmix"]), help="Mix neighbours of a part of the batch; SupCon then takes soft labels."),
     click.option("--mix-alpha", type=POSITIVE, default=1.0, help="Of the Beta distribution that mixing weights are drawn from."),
-    click.option("--stream", is_flag=True, help="Read a folder's files anew for every view: for folders larger than memory."),
-    click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read a streamed folder, and make the views of auto, rand, stacked-rand."),
+    click.option("--stream/--no-stream", default=False, help="Read a folder's files anew for every view: for folders larger than memory."),
+    click.option("--workers", type=click.IntRange(0, 1024), default=2, help="Processes that read a streamed folder, and make the views of auto, rand, stacked-rand."),
     click.option("--views", type=COUNT, show_default="2; 1 for ce and n-pair", help="Views of each image."),
     click.option("--loss", type=click.Choice(list(LOSSES)), default="supcon", help="The training objective."),
     click.option("--tau", type=POSITIVE, show_default="0.1; 0.5 for simclr", help="Temperature."),
@@ -59,15 +60,15 @@ OPTIONS = [
     click.option("--ce-weight", type=Finite(0, 1, max_open=True), default=0.0, help="w of (1 - w) contrastive + w cross-entropy, trained jointly."),
     click.option("--ce-detach", is_flag=True, help="Stop the classifier's gradient at the encoder."),
     click.option("--label-smoothing", type=Finite(0, 1, max_open=True), default=0.0, help="Of cross-entropy."),
-    click.option("--queue", type=click.IntRange(min=0), default=0, help="Contrasts kept from earlier batches, for supcon, supcon-in, simclr."),
+    click.option("--queue", type=click.IntRange(0, 2**31 - 1), default=0, help="Contrasts kept from earlier batches, for supcon, supcon-in, simclr."),
     click.option("--momentum-encoder", type=Finite(0, 1), default=0.999, help="Momentum of the encoder that fills the queue."),
     click.option("--arch", type=click.Choice(ARCHS), show_default="small for shapes, else resnet50", help="Encoder; small has 0.34 M weights."),
     click.option("--stem", type=click.Choice(["3x3", "7x7"]), show_default="3x3 up to 64 pixels", help="First layers of a ResNet."),
-    click.option("--normalize-encoder", is_flag=True, help="Bring r to norm 1 before the heads, as in the paper's text and its ImageNet code."),
+    click.option("--normalize-encoder/--no-normalize-encoder", default=False, help="Bring r to norm 1 before the heads, as in the paper's text and its ImageNet code."),
     click.option("--proj-depth", type=click.IntRange(1, 4), default=2, help="Layers of the projection head."),
     click.option("--proj-hidden", type=COUNT, show_default="the encoder's", help="Width of its hidden layers."),
     click.option("--proj-dim", type=COUNT, default=128, help="Width of z."),
-    click.option("--batch", type=click.IntRange(min=2), show_default="64 for shapes, else 1024", help="Images in a step, over all ranks."),
+    click.option("--batch", type=click.IntRange(2, 2**31 - 1), show_default="64 for shapes, else 1024", help="Images in a step, over all ranks."),
     click.option("--micro-batch", type=COUNT, help="Images encoded at a time, on a rank; gradients as of the whole batch."),
     click.option("--epochs", type=COUNT, show_default="12 for shapes, else 1000", help="Passes over the data."),
     click.option("--lr", type=POSITIVE, show_default="0.5 per 1024 images; ce 0.8, n-pair 0.1", help="Peak learning rate, absolute."),
@@ -78,13 +79,13 @@ OPTIONS = [
     click.option("--warmup-from", type=NOT_NEGATIVE, default=0.01, help="Learning rate at step 0."),
     click.option("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="On all weights (LARS: not on vectors)."),
     click.option("--momentum", type=Finite(0, 1, max_open=True), default=0.9, help="The optimiser's."),
-    click.option("--nesterov", is_flag=True, help="Nesterov's momentum."),
+    click.option("--nesterov/--no-nesterov", default=False, help="Nesterov's momentum."),
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of weights, order and views."),
     click.option("--run-dir", "run", show_default="runs/DATASET-ARCH-LOSS-sSEED", help="Folder for log and checkpoint."),
     click.option("--resume", metavar="RUN", help="Go on with the run in this folder; --epochs may extend it."),
     click.option("--device", show_default="cuda if there is one, else cpu", help="torch device."),
     click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32", "float64"]), default="auto", help="auto: bfloat16 autocast where the hardware has it."),
-    click.option("--sync-bn", is_flag=True, help="Batch norm over all ranks (on GPUs)."),
+    click.option("--sync-bn/--no-sync-bn", default=False, help="Batch norm over all ranks (on GPUs)."),
     click.option("--compile", is_flag=True, help="torch.compile the encoder."),
     click.option("--save-minutes", type=NOT_NEGATIVE, default=10, help="Checkpoint at least this often, and after every epoch."),
     click.option("--log-every", type=COUNT, default=10, help="Steps between log entries."),
@@ -108,6 +109,11 @@ MEANT_FOR = [  # (options, where they mean something, in words); what --resume t
     (["loss_scale", "proj_depth", "proj_hidden", "proj_dim"], lambda o: o["loss"] != "ce", "a contrastive --loss"),
     (["momentum_encoder"], lambda o: o["queue"], "--queue"),
     (["mix_alpha"], lambda o: o["mix"], "--mix"),
+    (["proj_hidden"], lambda o: o["proj_depth"] > 1, "--proj-depth 2 or more"),
+    (["jitter"], lambda o: o["augment"] in ("sim", "stacked-rand"), "--augment sim and stacked-rand"),
+    (["crop_min"], lambda o: o["augment"] != "none", "views that are cropped"),
+    (["label_noise"], lambda o: o["loss"] != "simclr" or o["ce_weight"], "losses that read labels"),
+    (["sync_bn"], lambda o: not o["sync_bn"] or (int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()), "several GPUs"),
     (["stem"], lambda o: (o["arch"] or ("small" if o["dataset"] == "shapes" else "")) != "small", "the ResNets"),
 ]
 
@@ -119,6 +125,8 @@ BOUND = {  # what of a preset goes with an option that the user overrides
     "lr": {"lr_per_256"},
     "lr_per_256": {"lr"},
     "epochs": {"warmup"},
+    "optimizer": {"nesterov"},
+    "momentum": {"nesterov"},
 }
 
 
@@ -134,14 +142,20 @@ def names_of(context, options):
     return ", ".join(sorted(next(p.opts[0] for p in context.command.params if p.name == k) for k in options))
 
 
+def say(*words, **how):
+    """Once, whatever the number of ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(*words, **how)
+
+
 def read(context, resume, options):
     """(the options of a run, the contents of the checkpoint that it goes on from or None)."""
     given = {k for k in options if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
-    if resume:
+    if resume is not None:
         return resumed(context, Path(resume), options, given)
     if options["recipe"]:
         options = options | of_preset(options, given)
-        click.echo("\n".join(describe(options["recipe"])))
+        say("\n".join(describe(options["recipe"])))
     if {"lr", "lr_per_256"} <= given:
         raise Refused("--lr and --lr-per-256 both set the learning rate: leave one out")
     for names, fits, where in MEANT_FOR:
@@ -155,9 +169,11 @@ def read(context, resume, options):
 
 def resumed(context, run, options, given):
     """The options that the run in the folder began with, but for those that it may change."""
+    if not str(run).strip("."):
+        raise Refused("--resume takes the folder of a run: name one")
     contents, warning = newest_checkpoint(run)
     if warning:
-        click.echo(warning, err=True)
+        say(warning, err=True)
     defaults = context.command.make_context("pretrain", []).params  # older runs lack the newer options
     old = {k: contents["config"].get(k, defaults[k]) for k in options}
     changed = [k for k in options if k in given - MAY_CHANGE and options[k] != old[k]]
@@ -185,9 +201,6 @@ def complete_options(config, world):
 
     loss, pairs, share = config.loss, config.loss == "n-pair", config.batch // world
     sharded = loss in ("supcon", "supcon-in", "simclr")
-    several_gpus = world > 1 and config.device.startswith("cuda")
-    if config.recipe and not several_gpus:  # a preset asks for it where there is something to synchronise
-        config.sync_bn = False
     refuse([
         (config.warmup >= config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}"),
         (config.stream and config.dataset != "folder", "--stream reads --dataset folder: leave it out"),
@@ -201,11 +214,11 @@ def complete_options(config, world):
         (config.batch % world, f"--batch {config.batch} is not a multiple of the {world} ranks: choose one that is"),
         (share % (config.micro_batch or 1), f"--micro-batch {config.micro_batch} does not divide the {share} images of a rank: choose one that does"),
         ((config.micro_batch or share) * config.views < 2, "batch norm needs two rows at a time: raise --batch, --micro-batch or --views"),
-        (config.sync_bn and not several_gpus, "--sync-bn needs several GPUs: leave it out"),
         (config.nesterov and config.optimizer != "sgd", "--nesterov is SGD's: leave it out, or --optimizer"),
         (config.queue and not sharded, f"--queue has no meaning for --loss {loss}: leave it out"),
         (config.mix and loss not in ("ce", "supcon", "supcon-in"), f"--mix has no meaning for --loss {loss}, whose labels are not shared: leave it out"),
         (config.mix and config.queue, "--mix gives soft labels and --queue keeps hard ones: leave one out"),
+        (config.mix and (config.micro_batch or share) < 2, "--mix needs two images at a time: raise --batch or --micro-batch"),
         (config.balanced and pairs, "--loss n-pair balances its pairs itself: leave --balanced out"),
         (config.label_smoothing and loss != "ce" and not config.ce_weight, "--label-smoothing is cross-entropy's: --loss ce, or --ce-weight"),
     ])  # fmt: skip

@@ -38,6 +38,7 @@ from images import (
     mixed, normalize, require_same_classes, shuffled, shuffled_balanced, shuffled_pairs, stratified, take, with_label_noise,
     worker_batches,
 )  # fmt: skip
+from metrics import knn_top1
 from options import complete_from_data, complete_options, pretraining_options, read, require_same_data, run_command
 from recipes import PRESETS, describe, learning_rate, make_optimizer
 from run_folder import Journal, checkpoint_of, describe_run, load_state, refusal_of, refuse_unusable, signals_noted
@@ -168,6 +169,7 @@ def collapse_and_floor(config, labels):
     if config.ce_weight or config.mix or config.queue or config.loss not in ("supcon", "supcon-in", "simclr"):
         return None, None
     share = torch.bincount(labels).double() / len(labels)
+    share = (share > 0).double() / (share > 0).sum() if config.balanced else share
     positives = config.views - 1 if config.loss == "simclr" else rows * share - 1
     floor = share @ torch.as_tensor(positives).double().clamp(min=1).log().expand_as(share)
     return config.loss_scale * math.log(rows - 1), config.loss_scale * floor.item()
@@ -177,7 +179,10 @@ def collapse_and_floor(config, labels):
 
 
 def choose_device(name):
+    """The torch device of that name; under torchrun the GPU of this rank. Raises Refused where it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         x = torch.zeros(1, device=name)
         x.item()  # "meta" has no values
@@ -191,7 +196,6 @@ def setup_ranks(device):
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -231,23 +235,24 @@ def features(encoder, images, mean, std, autocast=None, batch=500):
     return torch.cat(parts)
 
 
-def knn_top1(bank, bank_labels, query, query_labels, k=200, tau=0.07):
-    """Weighted k-NN accuracy in percent (Wu et al. 2018): neighbours vote exp(s/tau), s the cosine similarity."""
-    bank, right = F.normalize(bank), 0
-    for q, y in zip(F.normalize(query).split(1000), query_labels.split(1000)):
-        s, nearest = (q @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(q), int(bank_labels.max()) + 1, device=bank.device, dtype=s.dtype)
-        votes.scatter_add_(1, bank_labels[nearest], ((s - 1) / tau).exp())  # at most 1: no overflow in any type
-        right += (votes.argmax(1) == y).sum().item()
-    return 100 * right / len(query)
+# ---------------------------------------------------------------- training
 
 
 def load_on_every_rank(config):
     """(training set, test set or None); on each machine one rank loads, and downloads, before the others."""
+    loaded, trouble = [], None
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:
-        dist.barrier()
-    source = {"size": config.size, "download": config.download and first, "stream": config.stream}
+    for turn in (True, False):
+        if turn == first:
+            trouble = refusal_of(lambda: loaded.append(load(config, config.download and first)))
+        if anywhere(trouble)[0]:  # here the other ranks wait
+            raise trouble or SystemExit(2)
+    return loaded[0]
+
+
+def load(config, download):
+    """(training set, test set or None) as the options want them."""
+    source = {"size": config.size, "download": download, "stream": config.stream}
     data = load_data(config.dataset, config.data, True, limit=config.limit, **source)
     try:
         test = load_data(config.dataset, config.data, False, **source)
@@ -255,8 +260,6 @@ def load_on_every_rank(config):
         test = None
     if test is not None:
         require_same_classes(data, test, config.data)
-    if first and dist.is_initialized():
-        dist.barrier()
     if config.subset < 1:
         data = take(data, stratified(data.labels, config.subset, generator(config.seed, 4)))
     if config.label_noise:
@@ -264,9 +267,6 @@ def load_on_every_rank(config):
         config.noisy_labels = int((noisy != data.labels).sum())
         data = data._replace(labels=noisy)
     return data, test
-
-
-# ---------------------------------------------------------------- training
 
 
 def build_model(config, autocast):
@@ -353,8 +353,10 @@ def train_on_rank(config, resume, rank, world, device):
     autocast = torch.bfloat16 if fast else None
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     model = build_model(config, autocast).to(device, dtype, memory_format=torch.channels_last)
-    optimizer = make_optimizer(config, [{"params": model.parameters(), "weight_decay": config.weight_decay}], config.lr)
+    if config.sync_bn and world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     queue = Queue(model, config.queue, config.momentum_encoder) if config.queue else None
+    optimizer = make_optimizer(config, [{"params": model.parameters(), "weight_decay": config.weight_decay}], config.lr)
     mean, std = (v.to(device, dtype) for v in mean_and_std(config.dataset, data.images))
     step = 0
     if resume:
@@ -362,8 +364,6 @@ def train_on_rank(config, resume, rank, world, device):
         restore(model, optimizer, queue, resume, run)
         if step > total:
             raise Refused(f"--epochs {config.epochs} ends before step {step}, where the run stands: raise --epochs")
-    if config.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.compile:
         model.encoder.compile()
     parallel = DistributedDataParallel(model) if world > 1 else model
@@ -378,9 +378,17 @@ def train_on_rank(config, resume, rank, world, device):
         return None, trouble or SystemExit(2)
     announce(say, config, data, test, model, autocast, collapse, floor, world)
 
-    stop = failed = False
+    refused, stop = None, False
+    source = batches(config, data, parts, mean, std, range(step, total), steps_per_epoch)
     with signals_noted() as asked:
-        for views_of in batches(config, data, parts, mean, std, range(step, total), steps_per_epoch):
+        while step < total:
+            try:
+                views_of = next(source)
+            except Refused as e:  # an image that cannot be read: the steps until here are good
+                refused = e
+            stop, failed = anywhere(asked, refused or trouble)
+            if stop or failed:
+                break
 
             def loss_of(z, logits, y):
                 images = torch.arange(mine.start, mine.stop, device=device)
@@ -401,16 +409,13 @@ def train_on_rank(config, resume, rank, world, device):
                 enqueue(config, queue, model, [(x, y)] if len(parts) == 1 else map(views_of, parts))
             optimizer.step()
             step += 1
-
             z = gather_views(z.detach(), V) if step % steps_per_epoch == 0 else None
             if journal:
                 trouble = refusal_of(journal.note, step, loss.detach(), lr, lambda: diagnose(model, z, V, data, test, mean, std))
-            stop, failed = anywhere(asked, trouble)
-            if stop or failed:
-                break
     if journal and not trouble:
         trouble = refusal_of(journal.close, step)
-    if trouble or failed:
+    trouble = trouble or refused
+    if anywhere(trouble)[0]:
         return None, trouble or SystemExit(2)
     if stop:
         say(f"stopped after step {step} of {total}; this goes on:\n{resume_command(run)}")
@@ -426,7 +431,6 @@ def restore(model, optimizer, queue, contents, run):
     for name, module in model.named_children():  # encoder, projection, classifier
         load_state(module, contents.get(name), run)
     load_state(optimizer, contents["optimizer"], run)
-    torch.set_rng_state(contents["rng"])
 
 
 def batches(config, data, parts, mean, std, steps, steps_per_epoch):

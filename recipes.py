@@ -55,7 +55,8 @@ LARS_IMAGENET = IMAGENET | {"optimizer": "lars", "warmup": 12.0, "loss": "supcon
 PROBE_IMAGENET = {
     "optimizer": "rmsprop", "momentum": 0.9, "schedule": "exponential", "warmup": 12.0, "epochs": 90, "weight_decay": (1e-6,), "label_smoothing": 0.05,
 }  # fmt: skip
-BN_DECAY = "weight decay takes in batch norm, which the source leaves out"
+OFFICIAL_COSINE = "the source's cosine starts at the end of the warm-up and ends at 0; its LARS adapts biases; its colours add brightness"
+BN_DECAY = "weight decay takes in batch norm, which the source leaves out; its cosine starts at the end of the warm-up and ends at 0"
 
 PRESETS = {
     "cifar10-supcon": Preset(
@@ -107,24 +108,27 @@ PRESETS = {
         f"{OFFICIAL}, scripts/supcon_imagenet_resnet50.sh: 78.7 %",
         LARS_IMAGENET | {"arch": "resnet50", "augment": "auto", "batch": 6144, "epochs": 350, "lr_per_256": 0.4, "weight_decay": 1e-3},
         PROBE_IMAGENET | {"batch": 6144, "lr_per_256": 0.05},
+        OFFICIAL_COSINE,
     ),
     "imagenet-supcon-r101": Preset(
         f"{OFFICIAL}, scripts: SupCon on ImageNet, ResNet-101 (80.2 %; the paper's table says stacked RandAugment)",
         LARS_IMAGENET | {"arch": "resnet101", "augment": "auto", "batch": 4096, "epochs": 350, "lr_per_256": 0.4, "weight_decay": 1e-4},
         PROBE_IMAGENET | {"batch": 4096, "lr_per_256": 0.05},
+        OFFICIAL_COSINE,
     ),
     "imagenet-supcon-r200": Preset(
         f"{OFFICIAL}, scripts: SupCon on ImageNet, ResNet-200, 81.4 %",
         LARS_IMAGENET | {"arch": "resnet200", "augment": "stacked-rand", "jitter": 1.0, "batch": 4096, "epochs": 700, "lr_per_256": 0.2, "weight_decay": 1e-4},
         PROBE_IMAGENET | {"batch": 4096, "lr_per_256": 0.05},
+        OFFICIAL_COSINE,
     ),
     "imagenet-simclr-r50": Preset(
         f"{OFFICIAL}, scripts: SimCLR on ImageNet, ResNet-50",
         IMAGENET | {"arch": "resnet50", "loss": "simclr", "tau": 0.1, "loss_scale": 1.0, "augment": "sim", "jitter": 1.0, "optimizer": "lars", "batch": 6144,
                     "epochs": 100, "lr_per_256": 0.3, "weight_decay": 1e-4, "warmup": 12.0} | HEAD,
         {"optimizer": "sgd", "nesterov": True, "momentum": 0.9, "schedule": "cosine", "warmup": 12.0, "epochs": 90, "batch": 6144, "lr_per_256": 0.1,
-         "weight_decay": (1e-6,)},
-        "its projection head has batch norm",
+         "weight_decay": (1e-6,), "label_smoothing": 0.05},
+        f"{OFFICIAL_COSINE}; its projection head has batch norm",
     ),
     "imagenet-ce-r50": Preset(
         f"{OFFICIAL}, scripts: cross-entropy on ImageNet, ResNet-50, 78.2 %",
@@ -145,15 +149,15 @@ PRESETS = {
         IMAGENET | {"arch": "resnet50", "loss": "supcon", "tau": 0.07, "loss_scale": 1.0, "augment": "sim", "crop_min": 0.2, "jitter": 0.5, "batch": 256,
                     "epochs": 200, "lr": 0.03, "weight_decay": 1e-4, "warmup": 0.0, "queue": 8192, "momentum_encoder": 0.999} | HEAD,
         {},
-        "batch and memory are the paper's, tau the authors'; epochs, rate and views are MoCo v2's, which they name",
+        "batch and memory are the paper's, tau the authors'; epochs, rate and views are MoCo v2's, which they name and which shuffles batch norm",
     ),
     "cifar10-supcon-solo": Preset(
         f"{SOLO}: ResNet-18, 93.8 % (online probe)",
-        CIFAR | {"dataset": "cifar10", "loss": "supcon", "tau": 0.2, "loss_scale": 1.0, "arch": "resnet18", "batch": 256, "epochs": 1000, "lr_per_256": 0.4,
+        CIFAR | {"dataset": "cifar10", "loss": "supcon-in", "tau": 0.2, "loss_scale": 1.0, "arch": "resnet18", "batch": 256, "epochs": 1000, "lr_per_256": 0.4,
                  "weight_decay": 1e-5, "warmup_from": 3e-5, "augment": "sim", "crop_min": 0.08, "jitter": 1.0, "proj_depth": 2, "proj_hidden": 2048,
                  "proj_dim": 256},
         {},
-        "no blur below 65 pixels, bilinear crops, a 3x3 stem with padding 1, and L_out where that code's loss is L_in",
+        "no blur below 65 pixels, bilinear crops, a 3x3 stem with padding 1 (that code's loss, called SupCon, is L_in)",
     ),
 }  # fmt: skip
 
@@ -171,8 +175,8 @@ def describe(name):
 
 def as_option(name, value):
     option = "--" + name.replace("_", "-")
-    if value is True:
-        return option
+    if isinstance(value, bool):
+        return option if value else option.replace("--", "--no-", 1)
     return " ".join(f"{option} {v:g}" if isinstance(v, float) else f"{option} {v}" for v in (value if isinstance(value, tuple) else (value,)))
 
 
@@ -180,7 +184,7 @@ def as_option(name, value):
 
 
 def scheduled(schedule, t, epoch, *, marks=(0.7, 0.8, 0.9), factor=0.1):
-    """The learning rate as a part of its peak, at the share t of the training, after `epoch` epochs.
+    """The learning rate as a part of its peak, at the share t of the training, `epoch` epochs after the warm-up.
 
     cosine: to 1/1000, as in the reference code; step: times `factor` at each of the `marks`; exponential: times 0.97 every
     half epoch, as in the official code's probes; constant.
@@ -190,7 +194,7 @@ def scheduled(schedule, t, epoch, *, marks=(0.7, 0.8, 0.9), factor=0.1):
     if schedule == "step":
         return factor ** sum(t >= mark for mark in marks)
     if schedule == "exponential":
-        return 0.97 ** math.floor(2 * epoch)
+        return 0.97 ** math.floor(2 * max(epoch, 0))
     return 1.0
 
 
@@ -199,7 +203,7 @@ def learning_rate(config, step, steps_per_epoch, **marks):
     total, warm = config.epochs * steps_per_epoch, config.warmup * steps_per_epoch
 
     def planned(step):
-        return config.lr * scheduled(config.schedule, step / total, step / steps_per_epoch, **marks)
+        return config.lr * scheduled(config.schedule, step / total, step / steps_per_epoch - config.warmup, **marks)
 
     if step < warm:
         return config.warmup_from + (planned(warm) - config.warmup_from) * step / warm
@@ -210,7 +214,7 @@ def learning_rate(config, step, steps_per_epoch, **marks):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rates (You et al. 2017, algorithm 1), as the official code has it.
+    """Layer-wise adaptive rates (You et al. 2017, algorithm 1).
 
     A tensor w of weights with gradient g, decay included, moves by v <- momentum v + lr * eta ||w|| / ||g|| * g, w <- w - v.
     Vectors (biases, batch norm) have neither decay nor adaptation. A zero norm gives the ratio 1.
@@ -230,15 +234,42 @@ class LARS(torch.optim.Optimizer):
                     g = g + group["weight_decay"] * w
                     a, b = w.norm(), g.norm()
                     ratio = torch.where((a > 0) & (b > 0), group["eta"] * a / b, 1.0)
-                v = self.state[w].setdefault("momentum", torch.zeros_like(w))
+                if not self.state[w]:
+                    self.state[w]["momentum"] = torch.zeros_like(w)
+                v = self.state[w]["momentum"]
                 v.mul_(group["momentum"]).add_(group["lr"] * ratio * g)
                 w.sub_(v)
 
 
+class RMSProp(torch.optim.Optimizer):
+    """TensorFlow's RMSProp, which the official code's rates are made for: epsilon inside the root, the mean square from 1 on.
+
+    s <- decay s + (1 - decay) g^2,  v <- momentum v + lr g / sqrt(s + eps),  w <- w - v. With torch's own, epsilon outside and
+    s from 0 on, a small gradient moves a weight by hundreds of times as much.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, decay=0.9, eps=1e-3):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay": decay, "eps": eps})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                if not self.state[w]:
+                    self.state[w] |= {"square": torch.ones_like(w), "momentum": torch.zeros_like(w)}
+                s, v = self.state[w]["square"], self.state[w]["momentum"]
+                g = w.grad + group["weight_decay"] * w
+                s.lerp_(g * g, 1 - group["decay"])
+                v.mul_(group["momentum"]).add_(group["lr"] * g / (s + group["eps"]).sqrt())
+                w.sub_(v)
+
+
 def make_optimizer(config, groups, lr):
-    """SGD, LARS, or RMSProp with the official code's decay 0.9 and epsilon 1e-3; each with momentum."""
+    """SGD, LARS, or RMSProp, each with momentum."""
     if config.optimizer == "lars":
         return LARS(groups, lr, config.momentum)
     if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(groups, lr, alpha=0.9, eps=1e-3, momentum=config.momentum)
+        return RMSProp(groups, lr, config.momentum)
     return torch.optim.SGD(groups, lr, config.momentum, nesterov=config.nesterov)

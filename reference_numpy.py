@@ -272,6 +272,20 @@ def lars(w, grads, lr, momentum=0.9, weight_decay=0.0, eta=1e-3):
         w = w - v
     return w
 
+def rmsprop(w, grads, lr, momentum=0.9, weight_decay=0.0, decay=0.9, eps=1e-3):
+    """TensorFlow's RMSProp, number by number: a tensor w after a step for each of the gradients.
+
+    g <- g + weight_decay w;  s <- decay s + (1 - decay) g^2, s = 1 at first;  v <- momentum v + lr g / sqrt(s + eps);  w <- w - v"""
+    w = np.array(w, dtype=np.float64)
+    for i in np.ndindex(w.shape):
+        s, v = 1.0, 0.0
+        for g in grads:
+            g_i = g[i] + weight_decay * w[i]
+            s = decay * s + (1 - decay) * g_i**2
+            v = momentum * v + lr * g_i / np.sqrt(s + eps)
+            w[i] -= v
+    return w
+
 def expected_calibration_error(p, y, bins=15):
     """Guo et al. 2017: sum_m |B_m|/n |acc(B_m) - conf(B_m)|; B_m: the rows of p (n, C) whose highest entry is in ((m-1)/M, m/M]."""
     p, error = np.asarray(p, dtype=np.float64), 0.0

@@ -7,12 +7,15 @@
 
 Error for each corruption and severity; accuracy and calibration error for each severity. All fifteen corruptions of
 ImageNet-C give the mCE and the relative mCE, normalised by AlexNet; CIFAR-10-C's convention is the plain mean; fewer give the
-mean error over as many corruptions, and never an mCE. Leaves robustness.json beside the classifier.
+mean error over as many corruptions, and never an mCE. Leaves robustness.json beside the classifier (robustness-FOLDER.json
+for a published set).
 """
 
 import json
+import os
 import time
 from pathlib import Path
+from zipfile import BadZipFile
 
 import click
 import numpy as np
@@ -22,7 +25,8 @@ import torchvision
 from corruptions import MADE, NAMES, corrupt
 from figures import draw_robustness, pyplot
 from images import Refused, generator, load_data, read_image, resize, to_size
-from linear_probe import load_classifier, reliability
+from linear_probe import load_classifier
+from metrics import reliability
 from options import run_command
 from pretrain import choose_device
 from run_folder import write_aside
@@ -43,8 +47,10 @@ class Made:
 
     kind, names = "made", MADE
 
-    def __init__(self, test, limit, seed):
-        self.images, self.labels, self.seed = test.images[:limit], test.labels[:limit], seed
+    def __init__(self, test, seed):
+        if test.images.shape[-1] < 9:
+            raise Refused(f"images of {test.images.shape[-1]} pixels are too small to blur: probe a run of --size 9 or more")
+        self.images, self.labels, self.seed = test.images, test.labels, seed
 
     def batches(self, name, severity):
         for k, rows in enumerate(torch.arange(len(self.images)).split(500)):
@@ -67,13 +73,17 @@ class Cifar10C:
         path = self.folder / f"{name}.npy"
         try:
             values = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as e:
+        except (OSError, ValueError, EOFError, BadZipFile) as e:
             raise Refused(f"{path} cannot be read as a .npy file: fetch the set again") from e
-        if values.ndim != dims or len(values) % 5:
-            raise Refused(f"{path} is {values.shape}: it must hold five severities, one after the other")
+        if getattr(values, "ndim", None) != dims or not len(values) or len(values) % 5:
+            raise Refused(f"{path} is {getattr(values, 'shape', 'an archive')}: it must hold five severities, one after the other")
+        if not np.issubdtype(values.dtype, np.uint8 if dims == 4 else np.integer):
+            raise Refused(f"{path} holds {values.dtype}: it must hold {'uint8 images' if dims == 4 else 'whole numbers'}")
         return np.array(values) if dims == 1 else values
 
-    def check(self):
+    def check(self, test):
+        if not (self.labels.view(5, -1) == test.labels[: len(self.labels) // 5]).all():
+            raise Refused(f"{self.folder}/labels.npy are not the labels of the test set that the classifier was fitted for: name the set made of it")
         for name in self.names:
             shape = self._read(name, 4).shape
             if shape[0] != len(self.labels) or shape[3] != 3:
@@ -96,14 +106,14 @@ class ImageNetC:
         self.classes, self.size, self.limit = list(classifier.classes), classifier.size, limit
         found = {name: [p for p in (folder / name, *sorted(folder.glob(f"*/{name}"))) if p.is_dir()] for name in NAMES}
         self.places = {name: places[0] for name, places in found.items() if places}
-        self.names = list(self.places)
+        self.names, self.folders = list(self.places), {}
 
-    def check(self):
+    def check(self, test):
         for name, place in self.places.items():
             for severity in SEVERITIES:
                 if not (place / str(severity)).is_dir():
                     raise Refused(f"{place} has no severity {severity}: fetch the set again, or take {name} away")
-                self._folder(place / str(severity))
+                self.folders[name, severity] = self._folder(place / str(severity))
 
     def _folder(self, path):
         try:
@@ -111,17 +121,17 @@ class ImageNetC:
         except FileNotFoundError as e:
             raise Refused(f"{path}: {str(e).splitlines()[0]}") from e
         if folder.classes != self.classes:
-            raise Refused(f"{path} holds {len(folder.classes)} classes, not the {len(self.classes)} that the classifier was fitted to, by name")
+            raise Refused(f"{path} holds {len(folder.classes)} classes that are not, by name, the {len(self.classes)} that the classifier was fitted to")
         return folder
 
     def batches(self, name, severity):
-        folder = self._folder(self.places[name] / str(severity))
+        folder = self.folders[name, severity]
         order = torch.randperm(len(folder), generator=generator(0))[: self.limit].tolist()
         part = torch.utils.data.Subset(folder, order)
         yield from torch.utils.data.DataLoader(part, batch_size=500, num_workers=2, multiprocessing_context="fork")
 
 
-def published(folder, classifier, limit):
+def published(folder, classifier, limit, test):
     """The set in a folder, its files checked."""
     if (folder / "labels.npy").exists():
         corrupted = Cifar10C(folder, classifier, limit)
@@ -129,7 +139,7 @@ def published(folder, classifier, limit):
         corrupted = ImageNetC(folder, classifier, limit)
     if not corrupted.names:
         raise Refused(f"--corrupted {folder} holds neither NAME.npy with labels.npy (CIFAR-10-C) nor NAME/SEVERITY/CLASS (ImageNet-C): name the folder of one")
-    corrupted.check()
+    corrupted.check(test)
     return corrupted
 
 
@@ -209,15 +219,22 @@ def main(path, corrupted, baseline, data, download, limit, seed, figure, device)
     ours = classifiers[0]
     if classifiers[-1].classes != ours.classes or classifiers[-1].size != ours.size:
         raise Refused(f"--baseline {baseline} was fitted to other classes or another image size than {path}: name one of the same data set")
-    source = published(corrupted, ours, limit) if corrupted else None
-    config = ours.frozen.config
-    test = load_data(ours.dataset, data or config["data"], False, size=ours.size, download=download)
+    report = paths[0].with_name(paths[0].stem.replace("classifier", "robustness", 1) + (f"-{corrupted.name}" if corrupted else "") + ".json")
+    if not os.access(report.parent, os.W_OK):
+        raise Refused(f"{report.parent} cannot be written: copy the classifier to a folder that can")
+    data = data or ours.frozen.config["data"]
+    test = load_data(ours.dataset, data, False, size=ours.size, download=download)
     if list(test.classes) != list(ours.classes):
-        raise Refused(f"--data {data or config['data']} has other classes than {path} was fitted to: name its own test set")
-    source = source or Made(test, limit, seed)
+        raise Refused(f"--data {data} has other classes than {path} was fitted to: name its own test set")
+    source = published(corrupted, ours, limit, test) if corrupted else None
+    test = test._replace(images=test.images[:limit], labels=test.labels[:limit])
+    source = source or Made(test, seed)
 
-    clean = [error_and_calibration(*found) for found in evaluate(classifiers, zip(test.images[:limit].split(500), test.labels[:limit].split(500)))]
-    click.echo(f"clean: error {100 * clean[0][0]:.2f} %, calibration error {clean[0][1]:.4f}; {len(test.labels[:limit])} images, {source.kind} corruptions")
+    clean = [error_and_calibration(*found) for found in evaluate(classifiers, zip(test.images.split(500), test.labels.split(500)))]
+    click.echo(f"clean: error {100 * clean[0][0]:.2f} %, calibration error {clean[0][1]:.4f}; {len(test.labels)} images, {source.kind} corruptions")
+    missing = [name for name in NAMES if name not in source.names]
+    if missing:
+        click.echo(f"{len(source.names)} of the benchmark's 15 corruptions; not here: {', '.join(missing)}")
     errors, ece = ([{} for _ in classifiers] for _ in range(2))
     start = time.perf_counter()
     for k, name in enumerate(source.names, 1):
@@ -230,18 +247,18 @@ def main(path, corrupted, baseline, data, download, limit, seed, figure, device)
         left = spent / k * (len(source.names) - k)
         click.echo(f"{name:18} error " + " ".join(f"{100 * e:5.1f}" for e in errors[0][name]) + f" %   {k}/{len(source.names)}, {left / 60:.1f} min left")
 
-    result = {"classifier": str(paths[0]), "kind": source.kind, "images": len(test.labels[:limit]), "seed": seed, "torch": torch.__version__}
+    result = {"classifier": str(paths[0]), "kind": source.kind, "images": len(test.labels), "seed": seed, "torch": torch.__version__}
     result |= {"seconds": round(time.perf_counter() - start, 1)} | summary(source.kind, clean[0], errors[0], ece[0])
     if baseline:
         result["baseline"] = {"classifier": str(paths[1])} | summary(source.kind, clean[1], errors[1], ece[1])
         result["ratio_to_baseline"] = float(np.mean([np.sum(errors[0][name]) / max(np.sum(errors[1][name]), 1e-9) for name in source.names]))
     announce(result)
     try:
-        write_aside(paths[0].with_name("robustness.json"), lambda f: f.write(json.dumps(result, indent=1).encode() + b"\n"))
+        write_aside(report, lambda f: f.write(json.dumps(result, indent=1).encode() + b"\n"))
     except OSError as e:
         raise Refused(f"{paths[0].parent} cannot be written ({e.strerror}): free space, or copy the classifier to a folder that can") from e
     if figure:
-        click.echo(draw_robustness(paths[0].with_name("robustness.png"), result))
+        click.echo(draw_robustness(report.with_suffix(".png"), result))
     return result
 
 

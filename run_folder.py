@@ -29,7 +29,7 @@ except ImportError:  # Windows: nothing keeps a second process out
     fcntl = None
 
 FORMAT = "supcon-pretrain-1"
-ENTRIES = {"config": dict, "step": int, "seconds": float, "encoder": dict, "optimizer": dict, "rng": torch.Tensor, "mean": torch.Tensor, "std": torch.Tensor, "classes": list}
+ENTRIES = {"config": dict, "step": int, "seconds": float, "encoder": dict, "optimizer": dict, "mean": torch.Tensor, "std": torch.Tensor, "classes": list}
 
 
 def load_checkpoint(path):
@@ -51,7 +51,7 @@ def load_checkpoint(path):
 def newest_checkpoint(run):
     """(contents, warning or None) of the newest readable checkpoint in the folder `run`."""
     newest, previous = run / "ckpt.pt", run / "ckpt-previous.pt"
-    if not (newest.exists() or previous.exists()):
+    if not (is_there(newest) or is_there(previous)):
         raise Refused(f"--resume {run} has no checkpoint: name the folder of a run")
     try:
         return load_checkpoint(newest), None
@@ -70,13 +70,28 @@ def load_state(module, state, path):
         raise Refused(f"{path} does not hold the weights that its own options name: it is damaged or changed by hand, name another") from e
 
 
+def is_there(path):
+    try:
+        return path.exists()
+    except OSError as e:  # a name too long, a folder that may not be read
+        raise Refused(f"{str(path)[:80]} cannot be looked for ({e.strerror}): name another") from e
+
+
 def refuse_unusable(run, resuming):
     """Refuses, before any long work and without a trace, a folder that RunFolder would refuse after it."""
-    if not resuming and (run / "log.jsonl").exists():
+    if not resuming and (is_there(run / "log.jsonl") or holds_steps(run)):
         raise Refused(f"--run-dir {run} already holds a run: go on with --resume {run}, or name another --run-dir")
     place = next(p for p in (run, *run.absolute().parents) if p.exists())
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise Refused(f"--run-dir {run} cannot be written: name another --run-dir")
+
+
+def holds_steps(run):
+    """Whether there is a checkpoint that a new run would lose: any but that of a run that was killed before its first step."""
+    try:
+        return any(load_checkpoint(path)["step"] > 0 for path in (run / "ckpt.pt", run / "ckpt-previous.pt") if path.exists())
+    except Refused:
+        return True
 
 
 class RunFolder:
@@ -87,7 +102,7 @@ class RunFolder:
     """
 
     def __init__(self, path, about, first=None, step=0):
-        self.path = path
+        self.path, self._log = path, None
         refuse_unusable(path, resuming=first is None)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -97,8 +112,9 @@ class RunFolder:
         self._claim()
         try:
             if first is None:
-                self._put_damaged_aside()
+                self._put_damaged_aside(step)
                 cut_log(path / "log.jsonl", step)
+                about = about | {"earlier": earlier_parts(path / "config.json")}
             write_aside(path / "config.json", lambda f: f.write(json.dumps(about, indent=1).encode() + b"\n"))
             if first is not None:
                 self.save(first)
@@ -118,13 +134,16 @@ class RunFolder:
         except OSError:  # a file system without locks
             pass
 
-    def _put_damaged_aside(self):
+    def _put_damaged_aside(self, step):
         newest = self.path / "ckpt.pt"
         try:
-            load_checkpoint(newest)
+            found = load_checkpoint(newest)["step"]
         except Refused:
             if newest.exists():  # else the next save would move it onto the good one
                 os.replace(newest, self.path / "ckpt-damaged.pt")
+        else:
+            if found != step:  # another process saved it after we had read ours, and before we had the lock
+                raise Refused(f"--resume {self.path} has gone on to step {found} meanwhile: give the same command again")
 
     def log(self, entry):
         line = json.dumps(entry).encode() + b"\n"
@@ -138,6 +157,8 @@ class RunFolder:
         """Written aside, flushed to disk, renamed: at any moment the folder holds a whole checkpoint."""
         newest, previous = self.path / "ckpt.pt", self.path / "ckpt-previous.pt"
         try:
+            if self._log:
+                os.fsync(self._log.fileno())  # no checkpoint is newer than its log
             write_aside(newest, lambda f: torch.save(contents, f), keep_as=previous)
         except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
             reason = getattr(e, "strerror", None) or "is the disk full?"
@@ -180,6 +201,15 @@ def cut_log(path, step):
                 break
             kept += len(line)
         log.truncate(kept)
+
+
+def earlier_parts(path):
+    """What the parts of a run before this one ran on, from its config.json."""
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return before.get("earlier", []) + [{k: v for k, v in before.items() if k not in ("options", "earlier")}]
 
 
 def step_of(line):
@@ -246,6 +276,8 @@ class Journal:
             self._note_epoch(step, diagnosis)
         if last or time.perf_counter() - self.saved_at > 60 * self.config.save_minutes:
             self.save(step)
+        if last:
+            self._start_epoch()
 
     def _note_step(self, step, last):
         self._refuse_non_finite(step)
@@ -268,7 +300,6 @@ class Journal:
             click.echo(f"  warning: the loss sits at its collapse value {self.collapse:.4f}: all features are alike. "
                        "Lower --lr, lengthen --warmup or raise --tau", err=True)  # fmt: skip
         self.losses, self.lrs, self.checked = [], [], 0
-        self._start_epoch()
 
     def save(self, step):
         """Nothing that is not finite is saved, so that the last checkpoint stays good."""
@@ -315,7 +346,6 @@ def checkpoint_of(config, model, optimizer, queue, step, seconds, losses_of_epoc
         **{name: module.state_dict() for name, module in model.named_children()},  # encoder, projection, classifier
         **({"queue": queue.state_dict()} if queue else {}),
         "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
         "mean": mean.cpu().float(),
         "std": std.cpu().float(),
         "classes": list(data.classes),
@@ -325,8 +355,10 @@ def checkpoint_of(config, model, optimizer, queue, step, seconds, losses_of_epoc
 
 @contextlib.contextmanager
 def signals_noted():
-    """A list that SIGTERM and SIGINT are added to, so that a run ends at a step's end. A second one changes nothing."""
-    asked, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    """A list that SIGTERM, SIGINT and SIGHUP are added to, so that a run ends at a step's end. A second one changes nothing,
+    and one that is ignored already (nohup) stays so."""
+    asked, numbers = [], [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     before = [signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers]
     try:
         yield asked

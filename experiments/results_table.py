@@ -61,7 +61,7 @@ def main(runs):
     """Print RUNS as a Markdown table, and below it what they ran on."""
     runs = sorted(run for run in runs if (run / "probe.json").exists())
     print_table(HEAD, map(row, runs))
-    print_table(WORTH, (worth(run) for run in runs if (run / "robustness.json").exists()))
+    print_table(WORTH, (worth(run) for run in runs if (run / "robustness.json").exists()))  # of corruptions made, not a published set
     for run in runs:
         for line in notes(run):
             click.echo(f"- {line}")

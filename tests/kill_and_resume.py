@@ -18,13 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from run_folder import load_checkpoint  # noqa: E402
 from runs import SMALL, TORCHRUN, log_of, same_bits, start, state_of  # noqa: E402
 
-OFTEN = ["--epochs", "40", "--save-minutes", "0"]  # a checkpoint after every step
+OFTEN = ["--epochs", "30", "--save-minutes", "0"]  # a checkpoint after every step
 WAYS = {
     "one process": (["pretrain.py"], []),
-    "gradient caching, a queue": (["pretrain.py"], ["--micro-batch", "10", "--queue", "150"]),
+    "gradient caching, a queue, workers": (["pretrain.py"], ["--micro-batch", "10", "--queue", "150", "--augment", "auto", "--workers", "1"]),
     "two ranks": ([*TORCHRUN, "pretrain.py"], []),
     "two ranks, gradient caching, a queue": ([*TORCHRUN, "pretrain.py"], ["--micro-batch", "5", "--queue", "150"]),
 }
+
+
 def kill(process, run):
     """SIGKILL to every process of the run: torchrun's ranks have sessions of their own."""
     for other in Path("/proc").glob("[0-9]*"):
@@ -74,6 +76,7 @@ def kill_and_resume(way, folder, kills, seed=0):
     if (run / "log.jsonl").exists():
         assert start(*command, "--resume", run).wait() == 0
         assert same_bits(state_of(run), state_of(whole)) and log_of(run) == log_of(whole)
+    assert any(left)  # not every kill came before the first step
     return left
 
 

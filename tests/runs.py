@@ -64,14 +64,14 @@ def refusal(script, arguments, monkeypatch, capsys):
     return error
 
 
-def folder_of(root, splits, classes, count=4, size=(30, 24)):
+def folder_of(root, splits, classes, count=4, size=(30, 24), kind="png"):
     """ImageFolder's layout with pictures of noise, brighter class by class."""
     for split in splits:
         for k, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 noise = torch.randint(-20, 20, (3, *size), generator=torch.Generator().manual_seed(i))
-                TF.to_pil_image((40 + 60 * k + noise).to(torch.uint8)).save(root / split / name / f"{i}.png")
+                TF.to_pil_image((40 + 60 * k + noise).to(torch.uint8)).save(root / split / name / f"{i}.{kind}")
 
 
 def files_in(folder):

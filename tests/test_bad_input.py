@@ -51,7 +51,7 @@ BAD = [
     (["--micro-batch", "7"], "--micro-batch 7 does not divide the 50"),
     (["--workers", "-1"], "--workers"),
     (["--stream"], "--stream reads --dataset folder"),
-    (["--sync-bn"], "--sync-bn needs several GPUs"),
+    (["--sync-bn"], "--sync-bn has a meaning for several GPUs alone"),
     (["--micro-batch", "1", "--loss", "ce"], "raise --batch, --micro-batch or --views"),
     (["--device", "meta"], "--device meta"),
     (["--seed", "99999999999999999999"], "--seed"),
@@ -84,10 +84,16 @@ BAD = [
     (["--run-dir", "/dev/null/run"], "--run-dir"),
     (["--resume", "nowhere", "--epochs", "0"], "--epochs"),
     (["surplus"], "surplus"),
+    (["--resume", ""], "--resume takes the folder of a run"),
+    (["--run-dir", "r" * 300], "cannot be looked for"),
+    (["--resume", "r" * 300], "cannot be looked for"),
+    (["--dataset", "folder", "--data", "d" * 300], "cannot be read"),
+    (["--proj-dim", "99999999999999999999"], "--proj-dim"),
+    (["--batch", "9" * 400], "--batch"),
 ]
 
 
-@pytest.mark.parametrize("arguments, words", BAD, ids=[" ".join(a) for a, _ in BAD])
+@pytest.mark.parametrize("arguments, words", BAD, ids=[" ".join(a)[:60] for a, _ in BAD])
 def test_bad_options_give_one_line_and_status_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert words in refusal(pretrain, [*SMALL, *arguments], monkeypatch, capsys)
@@ -135,6 +141,18 @@ def damaged_fashionmnist(here, ckpt):
 def run_folder_of_another_run(here, ckpt):
     (here / "run").mkdir()
     (here / "run" / "log.jsonl").write_text("a log")
+    return pretrain, [*SMALL, "--run-dir", here / "run"], "already holds a run: go on with --resume"
+
+
+def run_folder_of_a_checkpoint_without_a_log(here, ckpt):
+    (here / "run").mkdir()
+    (here / "run" / "ckpt.pt").write_bytes(ckpt)
+    return pretrain, [*SMALL, "--run-dir", here / "run"], "already holds a run: go on with --resume"
+
+
+def run_folder_with_a_damaged_checkpoint(here, ckpt):
+    (here / "run").mkdir()
+    (here / "run" / "ckpt-previous.pt").write_bytes(ckpt[:100])
     return pretrain, [*SMALL, "--run-dir", here / "run"], "already holds a run: go on with --resume"
 
 
@@ -273,7 +291,7 @@ def probe_with(*options):
 
 SITUATIONS = [
     folder_without_classes, folder_with_an_empty_class, folder_with_one_class, folder_that_is_a_file, folder_with_another_test_set,
-    damaged_fashionmnist, run_folder_of_another_run, run_folder_that_is_a_file, resume_without_a_checkpoint, resume_with_both_damaged,
+    damaged_fashionmnist, run_folder_of_another_run, run_folder_of_a_checkpoint_without_a_log, run_folder_with_a_damaged_checkpoint, run_folder_that_is_a_file, resume_without_a_checkpoint, resume_with_both_damaged,
     resume_of_another_recipe, resume_into_another_folder, resume_to_fewer_epochs, resume_in_parts_that_do_not_divide,
     resume_with_weights_of_another_encoder, resume_on_data_of_another_length, probe_of_nothing, probe_of_an_empty_folder,
     probe_of_an_empty_file, probe_of_text, probe_of_half_a_checkpoint, probe_of_another_kind_of_file, probe_of_a_bare_tensor,
@@ -301,7 +319,9 @@ def test_a_corrupt_image_is_named_in_one_line(split, contents, options, tmp_path
     whole = path.read_bytes()
     path.write_bytes(whole[:60] + b"xxxx" + whole[64:] if contents == "cut" else contents)
     monkeypatch.setattr(images, "SAMPLE", 1 if split == "train" else images.SAMPLE)  # of a streamed folder: met by a worker
-    assert str(path) in refusal(pretrain, [*FOLDER, "--data", tmp_path, "--run-dir", tmp_path / "run", *options], monkeypatch, capsys)
+    assert str(path) in refusal(pretrain, [*FOLDER, "--data", tmp_path, "--log-every", "1", "--run-dir", tmp_path / "run", *options], monkeypatch, capsys)
+    if options and split == "train":  # met in the middle of the training
+        assert run_folder.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == len(log_of(tmp_path / "run"))
 
 
 def test_resume_refuses_a_folder_of_other_classes_and_takes_an_older_checkpoint(tmp_path, monkeypatch, capsys):
@@ -311,10 +331,10 @@ def test_resume_refuses_a_folder_of_other_classes_and_takes_an_older_checkpoint(
     pretrain.main([*FOLDER, "--data", str(tmp_path / "two"), "--loss", "ce", "--run-dir", str(run)], standalone_mode=False)
     assert "other classes" in refusal(pretrain, ["--resume", run, "--epochs", "2", "--data", tmp_path / "three"], monkeypatch, capsys)
     contents = run_folder.load_checkpoint(run / "ckpt.pt")
-    for option in ("micro_batch", "sync_bn", "compile", "stream", "workers"):
+    for option in ("micro_batch", "sync_bn", "compile", "stream", "workers", "queue", "mix", "optimizer"):
         del contents["config"][option]
     torch.save(contents, run / "ckpt.pt")
-    assert "--sync-bn" in refusal(pretrain, ["--resume", run, "--epochs", "2", "--sync-bn"], monkeypatch, capsys)
+    assert "--queue" in refusal(pretrain, ["--resume", run, "--epochs", "2", "--queue", "9"], monkeypatch, capsys)
     pretrain.main(["--resume", str(run), "--epochs", "2", "--micro-batch", "2"], standalone_mode=False)
     assert log_of(run)[-1]["epoch"] == 2
 

@@ -13,6 +13,7 @@ from PIL import Image
 import corruptions
 import images
 import linear_probe
+import metrics
 import pretrain
 import reference_numpy as ref
 import robustness
@@ -27,7 +28,7 @@ seeds = st.integers(0, 2**32 - 1)
 def test_calibration_error_is_the_oracles(seed, n, C, bins, scale):
     rng = np.random.default_rng(seed)
     scores, y = torch.tensor(scale * rng.normal(size=(n, C))), torch.tensor(rng.integers(0, C, n))
-    error, table = linear_probe.reliability(scores, y, bins)
+    error, table = metrics.reliability(scores, y, bins)
     assert error == pytest.approx(ref.expected_calibration_error(scores.softmax(1).numpy(), y.numpy(), bins), abs=1e-12)
     assert sum(row[0] for row in table) == n and all(0 <= row[2] <= 1 for row in table)
 
@@ -35,7 +36,7 @@ def test_calibration_error_is_the_oracles(seed, n, C, bins, scale):
 def test_calibration_error_by_hand():
     p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.5, 0.5]], dtype=torch.double)
     y = torch.tensor([0, 1, 1, 0])  # confidences .9 (half right), .6 (right), .5 (right)
-    assert linear_probe.reliability(p.log(), y, 10)[0] == pytest.approx(0.5 * 0.4 + 0.25 * 0.4 + 0.25 * 0.5)
+    assert metrics.reliability(p.log(), y, 10)[0] == pytest.approx(0.5 * 0.4 + 0.25 * 0.4 + 0.25 * 0.5)
     edge = torch.tensor([[0.6, 0.4]], dtype=torch.double)  # (0.4, 0.6] of five bins holds 0.6 itself
     assert ref.expected_calibration_error(edge.numpy(), [0], 5) == pytest.approx(0.4)
 
@@ -47,7 +48,7 @@ def test_nearest_neighbours_are_the_oracles(seed, n, D, k, tau):
     bank_y, query_y = rng.integers(0, 3, n), rng.integers(0, 3, 5)
     if D == 1 or np.isclose(np.diff(np.sort(bank / np.linalg.norm(bank, axis=1, keepdims=True) @ query.T, axis=0), axis=0), 0).any():
         return  # ties
-    ours = pretrain.knn_top1(*map(torch.tensor, (bank, bank_y, query, query_y)), k=k, tau=tau)
+    ours = metrics.knn_top1(*map(torch.tensor, (bank, bank_y, query, query_y)), k=k, tau=tau)
     assert ours == pytest.approx(ref.knn_top1(bank, bank_y, query, query_y, k, tau))
 
 
@@ -135,14 +136,41 @@ def test_the_best_cell_is_chosen_on_the_held_out_part_of_the_training_set():
     found = linear_probe.probe(r, y, 4, [(1e-6, 0.0), (0.3, 0.0), (1e-6, 1.0)], fit(epochs=20))
     assert found.cell == (0.3, 0.0) and found.held_out_top1 == max(accuracy for _, _, accuracy in found.grid) and len(found.grid) == 3
     test_r, test_y = clusters(100, seed=1)
-    assert linear_probe.topk(found.classifier(test_r), test_y, 1) > 95
+    assert metrics.topk(found.classifier(test_r), test_y, 1) > 95
+
+
+def test_held_out_images_are_not_fitted_to():
+    g = torch.Generator().manual_seed(0)
+    r, y = torch.randn(200, 400, generator=g), torch.randint(4, (200,), generator=g)  # noise, wide enough to learn by heart
+    found = linear_probe.probe(r, y, 4, [(0.1, 0.0), (0.3, 0.0)], fit(epochs=50))
+    assert metrics.topk(found.classifier(r), y, 1) == 100 and found.held_out_top1 < 60
+
+
+def test_every_class_of_several_images_gives_some_to_the_held_out_part():
+    kept, held = linear_probe.hold_out(torch.tensor([0] * 30 + [1] * 10 + [2] * 2 + [3]), 0)
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(43))
+    assert torch.bincount(torch.tensor([0] * 30 + [1] * 10 + [2] * 2 + [3])[held], minlength=4).tolist() == [3, 1, 1, 0]
+
+
+def test_a_feature_that_only_moves_in_augmented_images_does_no_harm():
+    r, y = clusters(100)
+    still = torch.cat([r, torch.zeros(100, 1)], 1)
+    moving = torch.cat([r, torch.full((100, 1), 0.05)], 1)
+    found = linear_probe.probe(still, y, 4, [(0.1, 0.0)], fit(), augmented=lambda epoch: moving)
+    assert found.classifier.weight.abs().max() < 100
+
+
+def test_a_probe_that_explodes_is_refused():
+    r, y = clusters(100)
+    with pytest.raises(images.Refused, match="lower --lr"):
+        linear_probe.probe(r * 1e20, y, 4, [(1e30, 1e30)], fit(standardize=False))
 
 
 def test_a_probe_finds_what_is_linear_at_any_scale_of_the_features():
     r, y = clusters(200, spread=0.3)
     scale = torch.tensor([1e-3, 1, 10, 1, 1, 1e2])
     found = linear_probe.probe(r[:100] * scale + 5, y[:100], 4, [(0.1, 0.0)], fit(epochs=50, batch=20))
-    assert linear_probe.topk(found.classifier(r[100:] * scale + 5), y[100:], 1) == 100
+    assert metrics.topk(found.classifier(r[100:] * scale + 5), y[100:], 1) == 100
 
 
 def test_a_handful_of_images_is_probed_without_holding_any_out():
@@ -156,7 +184,7 @@ def test_the_temperature_is_the_minimum_of_the_cross_entropy(seed, scale):
     rng = np.random.default_rng(seed)
     y = torch.tensor(rng.integers(0, 3, 200))
     scores = torch.tensor(scale * (rng.normal(size=(200, 3)) + 1.5 * np.eye(3)[y]))
-    best = linear_probe.best_temperature(scores, y)
+    best = metrics.best_temperature(scores, y)
     nll = lambda t: torch.nn.functional.cross_entropy(scores / t, y).item()
     assert nll(best) <= min(nll(best * 1.01), nll(best / 1.01), nll(1.0)) + 1e-9
 
@@ -165,8 +193,8 @@ def test_temperature_undoes_a_scale():
     g = torch.Generator().manual_seed(0)
     scores = 2 * torch.randn(5000, 4, generator=g, dtype=torch.double)
     y = torch.multinomial(scores.softmax(1), 1, generator=g).squeeze(1)  # calibrated as it is
-    assert linear_probe.best_temperature(7 * scores, y) == pytest.approx(7, rel=0.1)
-    assert linear_probe.reliability(7 * scores, y)[0] > 0.15 > 0.03 > linear_probe.reliability(scores, y)[0]
+    assert metrics.best_temperature(7 * scores, y) == pytest.approx(7, rel=0.1)
+    assert metrics.reliability(7 * scores, y)[0] > 0.15 > 0.03 > metrics.reliability(scores, y)[0]
 
 
 @pytest.fixture(scope="module")
@@ -182,22 +210,42 @@ def test_a_saved_classifier_maps_images_to_the_reported_accuracy(probed):
     with torch.no_grad():
         scores = torch.cat([classifier(x) for x in test.images.split(500)])
         torch.testing.assert_close(classifier(test.images[:9].float() / 255), scores[:9], rtol=0.02, atol=0.02)
-    assert linear_probe.topk(scores, test.labels, 1) == pytest.approx(result["top1"], abs=0.11)
-    assert linear_probe.reliability(scores, test.labels)[0] == pytest.approx(result["ece"], abs=2e-3)
+    assert metrics.topk(scores, test.labels, 1) == pytest.approx(result["top1"], abs=0.11)
+    assert metrics.reliability(scores, test.labels)[0] == pytest.approx(result["ece"], abs=2e-3)
     assert classifier.classes == test.classes and classifier.temperature == result["temperature"]
     assert np.mean(list(result["per_class_top1"].values())) == pytest.approx(result["top1"], abs=2.0)
 
 
-def test_fractions_augmentation_recipes_and_normalised_features_are_probed(trained, tmp_path):
+def test_fractions_augmentation_recipes_and_normalised_features_are_probed(trained, tmp_path, capsys):
     (tmp_path / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
-    for options in (["--fraction", "0.1"], ["--augment"], ["--recipe", "cifar10-supcon"], ["--recipe", "imagenet-supcon-r50", "--batch", "64"],
-                    ["--l2-normalize", "--no-standardize"], ["--lr", "0.1", "--weight-decay", "0"], ["--lr-per-256", "0.2", "--optimizer", "lars"]):  # fmt: skip
+    classifiers = {}
+    one = ["--lr", "0.1", "--weight-decay", "0"]
+    for name, options in {
+        "plain": one, "augment": [*one, "--augment"], "l2": [*one, "--l2-normalize", "--no-standardize"], "raw": [*one, "--no-standardize"],
+        "lars": ["--lr-per-256", "0.2", "--optimizer", "lars"], "smooth": [*one, "--label-smoothing", "0.2"],
+    }.items():  # fmt: skip
         result = linear_probe.main([str(tmp_path), "--limit", "600", "--epochs", "2", *options], standalone_mode=False)
         assert 0 < result["top1"] <= result["top5"] <= 100
-        if "--fraction" in options:
-            assert result["train_images"] == pytest.approx(60, abs=5)
-        if "cifar10-supcon" in options:
-            assert (result["lr"], result["weight_decay"], result["fit"]["schedule"], result["fit"]["standardize"]) == (5, 0, "step", False)
+        classifiers[name] = linear_probe.load_classifier(tmp_path / "classifier.pt")
+        if name == "l2":
+            test = images.load_data("shapes", None, False, size=16)
+            with torch.no_grad():
+                assert metrics.topk(classifiers[name](test.images), test.labels, 1) == pytest.approx(result["top1"], abs=0.2)
+            assert result["fit"]["l2_normalize"] and not result["fit"]["standardize"]
+    weights = [c.linear.weight for c in classifiers.values()]
+    assert all(not torch.allclose(a, b, rtol=1e-3) for k, a in enumerate(weights) for b in weights[:k])
+
+
+def test_probes_of_other_settings_leave_files_of_their_own(trained, tmp_path, capsys):
+    (tmp_path / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+    few = linear_probe.main([str(tmp_path), "--limit", "600", "--epochs", "2", "--fraction", "0.1"], standalone_mode=False)
+    assert few["train_images"] == pytest.approx(60, abs=5) and (tmp_path / "probe-0.1.json").exists()
+    recipe = linear_probe.main([str(tmp_path), "--limit", "600", "--epochs", "2", "--recipe", "cifar10-supcon", "--lr", "3"], standalone_mode=False)
+    assert (recipe["lr"], recipe["weight_decay"], recipe["fit"]["schedule"], recipe["fit"]["standardize"]) == (3, 0, "step", False)
+    out = capsys.readouterr().out
+    assert "--lr 3\n" in out and "--no-standardize" in out and (tmp_path / "classifier-cifar10-supcon.pt").exists()
+    linear_probe.main([str(tmp_path), "--limit", "600", "--recipe", "imagenet-supcon-r50", "--batch", "64", "--epochs", "2"], standalone_mode=False)
+    assert not (tmp_path / "probe.json").exists()
 
 
 def test_augmented_views_change_with_the_epoch_and_not_with_the_run(trained):
@@ -207,17 +255,26 @@ def test_augmented_views_change_with_the_epoch_and_not_with_the_run(trained):
     assert torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a, linear_probe.extract(frozen, data))
 
 
-def test_a_streamed_folder_is_probed_as_one_in_memory(tmp_path):
-    folder_of(tmp_path, ["train", "test"], ["a", "b"], size=(40, 30))
-    results = []
-    for name, stream in (("memory", []), ("stream", ["--stream"])):
-        run = tmp_path / name
-        pretrain.main([*FOLDER, "--data", str(tmp_path), "--precision", "float32", "--augment", "crop", "--run-dir", str(run), *stream], standalone_mode=False)
-        frozen = linear_probe.load_encoder(run / "ckpt.pt", torch.device("cpu"))
-        data = images.load_data("folder", tmp_path, True, size=16, stream=bool(stream))
-        results.append(linear_probe.extract(frozen, data).shape)
-        assert linear_probe.main([str(run), "--epochs", "2"], standalone_mode=False)["test_images"] == 8
-    assert results[0] == results[1]
+@pytest.mark.parametrize("size", [16, 72])
+def test_a_streamed_folder_is_probed_as_one_in_memory(size, tmp_path):
+    folder_of(tmp_path, ["train", "test"], ["a", "b"], size=(100, 80))
+    options = [*FOLDER, "--size", str(size), "--data", str(tmp_path), "--precision", "float32", "--augment", "crop"]
+    pretrain.main([*options, "--stream", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
+    frozen = linear_probe.load_encoder(tmp_path / "run" / "ckpt.pt", torch.device("cpu"))
+    memory, stream = (images.load_data("folder", tmp_path, True, size=size, stream=stream) for stream in (False, True))
+    torch.testing.assert_close(linear_probe.extract(frozen, memory), linear_probe.extract(frozen, stream))
+    assert linear_probe.main([str(tmp_path / "run"), "--epochs", "2"], standalone_mode=False)["test_images"] == 8
+
+
+def test_views_of_a_streamed_folder_differ_from_image_to_image(tmp_path):
+    folder_of(tmp_path, ["train"], ["a"], count=1)
+    file = next(tmp_path.rglob("0.png"))
+    for k in range(1, 6):  # six times the same picture
+        (file.parent / f"{k}.png").write_bytes(file.read_bytes())
+    data = images.load_data("folder", tmp_path, True, size=16, stream=True)
+    frozen = linear_probe.Frozen(torch.nn.Flatten(), torch.zeros(3), torch.ones(3), {"size": 16, "precision": "float32"}, torch.device("cpu"))
+    assert len(linear_probe.extract(frozen, data).unique(dim=0)) == 1
+    assert len(linear_probe.extract(frozen, data, key=(0, 6, 0)).unique(dim=0)) == 6
 
 
 def test_pictures_are_drawn(trained, tmp_path):
@@ -245,6 +302,12 @@ def test_corruptions_are_drawn_from_their_key_and_grow_with_severity(name, size)
     assert torch.equal(made[4], again) and all(m.shape == x.shape and m.dtype == torch.uint8 for m in made)
     change = [(m.float() - x.float()).square().mean().item() for m in made]
     assert min(change) > 0 and (name == "elastic_transform" or change[4] > 1.2 * change[0])  # its kinds of severity differ
+
+
+def test_zooms_are_as_many_as_the_benchmarks_float_ranges_have():
+    small = [len(np.arange(1, end, 0.01)) for end in (1.06, 1.11, 1.16, 1.21, 1.26)]
+    large = [len(np.arange(1, end, step)) for end, step in ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))]
+    assert [count for count, _ in corruptions.SMALL["zoom_blur"]] == small and [count for count, _ in corruptions.LARGE["zoom_blur"]] == large
 
 
 def test_noises_have_their_variances():
@@ -317,7 +380,7 @@ def test_cifar_10_c_files_are_read_severity_by_severity(probed, tmp_path, capsys
         predicted = classifier(torch.from_numpy(severities.astype(np.uint8)).permute(0, 3, 1, 2)).argmax(1)
     expected = (predicted != test.labels[:60].repeat(5)).double().view(5, 60).mean(1).tolist()
     assert all(errors == pytest.approx(expected) for errors in result["errors"].values()) and result["corruptions"] == 15
-    assert "mean corruption error" in capsys.readouterr().out and "mce" not in result
+    assert "mean corruption error" in capsys.readouterr().out and "mce" not in result and (probed.parent / "robustness-c.json").exists()
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +413,7 @@ def missing_severity(here, probed, folder):
 
 
 def other_classes(here, probed, folder):
-    return folder, ["--corrupted", imagenet_c(here / "c", corruptions.NAMES[:2], classes=("a", "b", "c"))], "holds 3 classes, not the 2"
+    return folder, ["--corrupted", imagenet_c(here / "c", corruptions.NAMES[:2], classes=("a", "b", "c"))], "holds 3 classes that are not, by name, the 2"
 
 
 def an_empty_severity(here, probed, folder):
@@ -373,9 +436,39 @@ def fewer_classes(here, probed, folder):
 
 
 def too_few_labels(here, probed, folder):
+    test = images.load_data("shapes", None, False, size=16)
+    cifar10_c(here / "c", test)
+    np.save(here / "c" / "labels.npy", np.tile(test.labels[:50].numpy(), 5))
+    return probed, ["--corrupted", here / "c"], "labels.npy has 250 labels"
+
+
+def labels_of_another_test_set(here, probed, folder):
     cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
-    np.save(here / "c" / "labels.npy", np.arange(50) % 10)
-    return probed, ["--corrupted", here / "c"], "labels.npy has 50 labels"
+    np.save(here / "c" / "labels.npy", np.arange(300) % 10)
+    return probed, ["--corrupted", here / "c"], "are not the labels of the test set"
+
+
+def labels_that_are_words(here, probed, folder):
+    cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
+    np.save(here / "c" / "labels.npy", np.array(["cat"] * 300))
+    return probed, ["--corrupted", here / "c"], "must hold whole numbers"
+
+
+def no_labels(here, probed, folder):
+    cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
+    np.save(here / "c" / "labels.npy", np.zeros(0, dtype=int))
+    return probed, ["--corrupted", here / "c"], "must hold five severities"
+
+
+def images_that_are_floats(here, probed, folder):
+    severities = cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
+    np.save(here / "c" / "fog.npy", severities / 255)
+    return probed, ["--corrupted", here / "c"], "must hold uint8 images"
+
+
+def half_a_classifier(here, probed, folder):
+    torch.save({"format": linear_probe.FORMAT, "weight": torch.zeros(3)}, here / "classifier.pt")
+    return here / "classifier.pt", [], "is not a classifier of linear_probe.py"
 
 
 def a_cut_file(here, probed, folder):
@@ -406,8 +499,8 @@ def another_test_set(here, probed, folder):
 
 
 @pytest.mark.parametrize("situation", [
-    missing_severity, other_classes, an_empty_severity, labels_out_of_range, fewer_classes, too_few_labels, a_cut_file, nothing_there,
-    a_checkpoint_of_pretrain, no_classifier, a_baseline_of_another_data_set, another_test_set,
+    missing_severity, other_classes, an_empty_severity, labels_out_of_range, fewer_classes, too_few_labels,
+    labels_of_another_test_set, labels_that_are_words, no_labels, images_that_are_floats, half_a_classifier, a_cut_file, nothing_there, a_checkpoint_of_pretrain, no_classifier, a_baseline_of_another_data_set, another_test_set,
 ], ids=lambda situation: situation.__name__)  # fmt: skip
 def test_what_cannot_be_tested_gives_one_line_and_status_2(situation, probed, folder_classifier, tmp_path, monkeypatch, capsys):
     path, options, words = situation(tmp_path, probed, folder_classifier)

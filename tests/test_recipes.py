@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import images
+import linear_probe
 import options
 import pretrain
 import recipes
@@ -56,9 +57,11 @@ def test_the_presets_probes_and_heads_are_the_published_ones():
         o, probe = preset.pretrain, preset.probe
         imagenet, official = name.startswith("imagenet"), recipes.OFFICIAL in preset.source
         assert o["momentum"] == 0.9 and o["schedule"] == "cosine" and o["stem"] == ("7x7" if imagenet else "3x3")
+        if imagenet and probe:
+            assert probe["label_smoothing"] == 0.05 and probe["weight_decay"] == (1e-6,)
         if imagenet and official and o["loss"] == "supcon":
             assert o["normalize_encoder"] and o["proj_depth"] == 1 and o["proj_dim"] == 128
-            assert probe["optimizer"] == "rmsprop" and probe["label_smoothing"] == 0.05 and probe["weight_decay"] == (1e-6,)
+            assert probe["optimizer"] == "rmsprop"
             assert (probe["epochs"], probe["warmup"], probe["schedule"]) == (90, 12, "exponential")
         if o["loss"] == "ce":
             assert not probe and o.get("label_smoothing", 0) == (0.05 if imagenet else 0)
@@ -73,7 +76,7 @@ def test_the_presets_probes_and_heads_are_the_published_ones():
 def test_every_preset_takes_a_step(name, tmp_path, capsys):
     folder_of(tmp_path, ["train"], ["a", "b", "c"], size=(40, 40))
     small = ["--dataset", "folder", "--data", str(tmp_path), "--limit", "8", "--size", "32", "--batch", "8", "--epochs", "1", "--device", "cpu"]
-    small += ["--proj-hidden", "64"] if "-ce" not in name else []
+    small += ["--proj-hidden", "64"] if recipes.PRESETS[name].pretrain.get("proj_depth") == 2 else []
     pretrain.main([*small, "--recipe", name, "--workers", "0", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
     out, o = capsys.readouterr().out, recipes.PRESETS[name].pretrain
     assert f"recipe {name}: {recipes.PRESETS[name].source}" in out and f"--batch {o['batch']}" in out
@@ -81,6 +84,17 @@ def test_every_preset_takes_a_step(name, tmp_path, capsys):
     kept = {k: v for k, v in o.items() if k not in ("dataset", "size", "batch", "epochs", "warmup", "lr", "lr_per_256", "stream", "sync_bn", "proj_hidden")}
     assert {k: config[k] for k in kept} == kept
     assert config["lr"] == pytest.approx(o["lr"] if "lr" in o else o["lr_per_256"] * 8 / 256)
+
+
+def test_imagenets_preset_runs_to_its_probe_on_a_folder_of_jpegs(tmp_path):
+    folder_of(tmp_path, ["train", "val"], ["a", "b", "c", "d", "e", "f"], count=2, size=(260, 240), kind="jpeg")
+    run = tmp_path / "run"
+    options = ["--recipe", "imagenet-supcon-r50", "--data", str(tmp_path), "--arch", "resnet18", "--batch", "6", "--epochs", "1", "--workers", "0"]
+    pretrain.main([*options, "--run-dir", str(run)], standalone_mode=False)
+    taken = options_of(run)
+    assert (taken["size"], taken["stem"], taken["augment"], taken["stream"], taken["normalize_encoder"]) == (224, "7x7", "auto", True, True)
+    result = linear_probe.main([str(run), "--recipe", "imagenet-supcon-r50", "--batch", "6", "--epochs", "2", "--workers", "0"], standalone_mode=False)
+    assert 0 <= result["top1"] <= result["top5"] <= 100 and result["test_images"] == 12 and result["fit"]["label_smoothing"] == 0.05
 
 
 def test_options_override_a_preset_and_what_is_bound_to_them():
@@ -95,8 +109,10 @@ def test_options_override_a_preset_and_what_is_bound_to_them():
 def test_recipe_list_prints_every_number(capsys):
     pretrain.main(["--recipe", "list"], standalone_mode=False)
     out = capsys.readouterr().out
+    parts = dict(zip(recipes.PRESETS, out.split("recipe ")[1:]))
     for name, preset in recipes.PRESETS.items():
-        assert f"recipe {name}" in out and all(f"--{k.replace('_', '-')}" in out for k in preset.pretrain)
+        assert parts[name].startswith(f"{name}: {preset.source}") and preset.differs in parts[name]
+        assert all(recipes.as_option(k, v) in parts[name] for stage in (preset.pretrain, preset.probe) for k, v in stage.items())
 
 
 # ---------------------------------------------------------------- schedules and optimisers
@@ -120,6 +136,8 @@ def test_step_exponential_and_constant_by_hand():
     assert probe == pytest.approx([5, 1, 0.2, 0.04])
     exponential = [recipes.learning_rate(config(schedule="exponential", warmup=0.0), s, 4) for s in (0, 1, 2, 3, 4, 400)]
     assert exponential == pytest.approx([0.5 * 0.97**k for k in (0, 0, 1, 1, 2, 200)])
+    warmed = [recipes.learning_rate(config(schedule="exponential", warmup=2.0, warmup_from=0.0), s, 4) for s in (0, 4, 8, 10)]
+    assert warmed == pytest.approx([0, 0.25, 0.5, 0.5 * 0.97])  # it decays from the end of the warm-up on
     assert recipes.learning_rate(config(schedule="constant", warmup=0.0), 7, 4) == 0.5
 
 
@@ -157,14 +175,27 @@ def test_lars_is_sgd_where_its_ratio_is_1(seed, momentum, decay):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_lars_state_survives_a_checkpoint():
+@given(st.integers(0, 2**32 - 1), shapes, st.sampled_from([0, 0.9]), st.sampled_from([0, 0.1]), st.sampled_from([1e-4, 1]))
+def test_rmsprop_is_the_oracles(seed, shape, momentum, decay, scale):
+    rng = np.random.default_rng(seed)
+    w, grads = rng.normal(size=shape), [scale * rng.normal(size=shape) for _ in range(20)]
+    p = torch.nn.Parameter(torch.tensor(w))
+    optimizer = recipes.RMSProp([{"params": [p], "weight_decay": decay}], 0.3, momentum)
+    for g in grads:
+        p.grad = torch.tensor(g)
+        optimizer.step()
+    np.testing.assert_allclose(p.detach().numpy(), ref.rmsprop(w, grads, 0.3, momentum, decay), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [recipes.LARS, recipes.RMSProp])
+def test_an_optimisers_state_survives_a_checkpoint(make):
     def run(restart):
         torch.manual_seed(0)
         layer = torch.nn.Linear(4, 3)
-        optimizer = recipes.LARS(layer.parameters(), 0.1)
+        optimizer = make(layer.parameters(), 0.1)
         for step in range(6):
             if step == 3 and restart:
-                state, optimizer = optimizer.state_dict(), recipes.LARS(layer.parameters(), 0.1)
+                state, optimizer = optimizer.state_dict(), make(layer.parameters(), 0.1)
                 optimizer.load_state_dict(state)
             optimizer.zero_grad()
             layer(torch.ones(2, 4)).square().sum().backward()
@@ -249,12 +280,32 @@ def test_mixed_images_and_labels_have_the_same_shares(seed, how, alpha):
 
 @pytest.mark.parametrize("options", [
     ["--mix", "mixup"], ["--mix", "cutmix", "--loss", "supcon-in"], ["--mix", "mixup", "--loss", "ce", "--label-smoothing", "0.1"],
-    ["--mix", "cutmix", "--ce-weight", "0.5", "--micro-batch", "10"], ["--balanced"], ["--label-noise", "0.4"], ["--subset", "0.5", "--batch", "20"],
-    ["--augment", "auto", "--workers", "0", "--crop-min", "0.5"],
+    ["--mix", "cutmix", "--ce-weight", "0.5", "--micro-batch", "10"], ["--label-noise", "0.4"], ["--augment", "auto", "--workers", "0", "--crop-min", "0.5"],
 ], ids=" ".join)  # fmt: skip
 def test_mixed_noisy_balanced_and_smaller_sets_train(options, tmp_path):
     pretrain.main([*SMALL, "--epochs", "2", *options, "--run-dir", str(tmp_path / "run")], standalone_mode=False)
     assert log_of(tmp_path / "run")[-1]["epoch"] == 2
+
+
+def test_balanced_and_smaller_sets_are_what_the_loss_sees(tmp_path, monkeypatch):
+    seen, total_loss = [], pretrain.total_loss
+    monkeypatch.setattr(pretrain, "total_loss", lambda *a: seen.append(a[3]) or total_loss(*a))
+    pretrain.main([*SMALL, "--epochs", "1", "--balanced", "--run-dir", str(tmp_path / "balanced")], standalone_mode=False)
+    assert len(seen) == 4 and all(torch.bincount(y, minlength=10).tolist() == [10] * 10 for y in seen)
+    seen.clear()
+    pretrain.main([*SMALL, "--epochs", "1", "--subset", "0.5", "--run-dir", str(tmp_path / "smaller")], standalone_mode=False)
+    whole = torch.bincount(images.load_data("shapes", None, True, size=16, limit=200).labels).tolist()
+    assert len(seen) == 2 and sum(torch.bincount(y, minlength=10) for y in seen).tolist() == pytest.approx([n for n in whole], abs=4)
+
+
+def test_a_part_of_a_streamed_folder_keeps_images_and_labels_together(tmp_path):
+    folder_of(tmp_path, ["train"], ["a", "b", "c"], count=8)
+    whole = images.load_data("folder", tmp_path, True, size=16)
+    stream = images.load_data("folder", tmp_path, True, size=16, stream=True)._replace(images=whole.images[:10])  # a sample of ten
+    part = images.take(stream, images.stratified(stream.labels, 0.5, images.generator(0)))
+    assert len(part.labels) == len(part.files) == 12 and 0 < len(part.images) < 10
+    for image, file, label in zip(part.images, part.files, part.labels):
+        assert torch.equal(image, images.to_size(images.read_image(file), 16)) and f"/{'abc'[label]}/" in file
 
 
 def test_soft_labels_in_a_run_are_what_the_loss_sees(tmp_path, monkeypatch):
@@ -314,6 +365,10 @@ def test_contradictions_among_the_newer_options_are_refused(tmp_path, monkeypatc
         (["--label-smoothing", "0.1"], "--label-smoothing is cross-entropy's"),
         (["--balanced", "--loss", "n-pair"], "leave --balanced out"),
         (["--nesterov", "--optimizer", "lars"], "--nesterov is SGD's"),
+        (["--mix", "mixup", "--micro-batch", "1"], "--mix needs two images at a time"),
+        (["--proj-hidden", "9", "--proj-depth", "1"], "--proj-hidden has a meaning for --proj-depth 2"),
+        (["--jitter", "1", "--augment", "crop"], "--jitter has a meaning for --augment sim"),
+        (["--label-noise", "0.1", "--loss", "simclr"], "--label-noise has a meaning for losses that read labels"),
         (["--recipe", "cifar11"], "--recipe"),
         (["--subset", "0"], "--subset"),
         (["--label-noise", "1.5"], "--label-noise"),

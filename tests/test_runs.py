@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import linear_probe
+import metrics
 import pretrain
 import recipes
 from runs import ONE_THREAD, PROJECT, SMALL, TORCHRUN, folder_of, log_of, state_of
@@ -86,8 +87,8 @@ def test_a_probe_leaves_the_checkpoint_and_the_encoder_as_they_were(trained):
 def test_probe_metrics_by_hand():
     scores = torch.tensor([[3.0, 2, 1], [1, 3, 2], [1, 3, 2], [1, 2, 3]])
     y = torch.tensor([0, 0, 1, 1])  # row 1: 0 taken for 1; row 3: 1 taken for 2
-    assert linear_probe.topk(scores, y, 1) == 50 and linear_probe.topk(scores, y, 2) == 75
-    assert sorted(linear_probe.worst_confusions(scores, y, ["a", "b", "c"])) == [["a", "b", 50.0], ["b", "c", 50.0]]
+    assert metrics.topk(scores, y, 1) == 50 and metrics.topk(scores, y, 2) == 75
+    assert sorted(metrics.worst_confusions(scores, y, ["a", "b", "c"])) == [["a", "b", 50.0], ["b", "c", 50.0]]
 
 
 def test_transfer_resizes_another_data_set_to_the_checkpoints_size(trained, tmp_path):

@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as TF
 from types import SimpleNamespace
 
 import images
+import metrics
 import pretrain
 
 SEEDS = st.integers(0, 10**6)
@@ -157,7 +158,7 @@ def test_schedule_is_the_reference_codes():
 
 def test_collapsed_features_give_the_announced_loss_and_nothing_falls_below_the_floor():
     labels = torch.arange(4).repeat(8)
-    config = SimpleNamespace(loss="supcon", batch=32, views=2, loss_scale=1.5, tau=0.1, ce_weight=0, mix=None, queue=0)
+    config = SimpleNamespace(loss="supcon", batch=32, views=2, loss_scale=1.5, tau=0.1, ce_weight=0, mix=None, queue=0, balanced=False)
     collapse, floor = pretrain.collapse_and_floor(config, labels)
     same = torch.ones(64, 3, dtype=torch.double) / math.sqrt(3)
     assert 1.5 * pretrain.contrastive_loss(config, same, labels.repeat(2), torch.arange(len(labels)), None).item() == pytest.approx(collapse)
@@ -185,8 +186,8 @@ def test_joint_loss_weighs_contrast_and_cross_entropy_and_detach_cuts_the_encode
 def test_weighted_neighbours_outvote_the_many_far_ones():
     bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [-0.1, 1.0]])
     query = torch.tensor([[1.0, 0.1], [0.0, 2.0]])  # nearest: the one row of class 1; then three rows of class 0
-    assert pretrain.knn_top1(bank, torch.tensor([1, 0, 0, 0]), query, torch.tensor([1, 0])) == 100
-    assert pretrain.knn_top1(bank, torch.tensor([1, 0, 0, 0]), query, torch.tensor([0, 0])) == 50
+    assert metrics.knn_top1(bank, torch.tensor([1, 0, 0, 0]), query, torch.tensor([1, 0])) == 100
+    assert metrics.knn_top1(bank, torch.tensor([1, 0, 0, 0]), query, torch.tensor([0, 0])) == 50
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])

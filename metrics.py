@@ -1,0 +1,70 @@
+"""What classifiers and representations are measured by: accuracy, confusions, calibration, neighbours. Percent, unless said otherwise."""
+
+import torch
+import torch.nn.functional as F
+
+
+def topk(scores, labels, k):
+    """Accuracy in percent: how often the label is among the k highest scores."""
+    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return 100 * (best == labels[:, None]).any(1).double().mean().item()
+
+
+def confusion(scores, labels):
+    """(C, C): how many images of class i are taken for class j."""
+    n = scores.shape[1]
+    return torch.bincount(labels * n + scores.argmax(1), minlength=n * n).view(n, n)
+
+
+def worst_confusions(scores, labels, classes, count=5):
+    """The most frequent mistakes as [true class, predicted class, percent of the true class's images]."""
+    n, table = len(classes), confusion(scores, labels).double()
+    share = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
+    share.fill_diagonal_(0)
+    values, where = share.flatten().topk(min(count, n * n))
+    return [[classes[i // n], classes[i % n], round(v, 2)] for v, i in zip(values.tolist(), where.tolist()) if v > 0]
+
+
+def reliability(scores, labels, bins=15):
+    """(expected calibration error, table): confidences in `bins` equal bins (a, b], each row [images, mean confidence,
+    accuracy]; the error is the mean over the images of their bin's |accuracy - confidence| (Guo et al. 2017)."""
+    confidence, predicted = scores.double().softmax(1).max(1)
+    right = (predicted == labels).double()
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    count, total, hits = (torch.zeros(bins, dtype=torch.double, device=scores.device) for _ in range(3))
+    for sums, values in ((count, torch.ones_like(right)), (total, confidence), (hits, right)):
+        sums.index_add_(0, which, values)
+    table = torch.stack([count, total / count.clamp(min=1), hits / count.clamp(min=1)], 1)
+    error = (count * (table[:, 2] - table[:, 1]).abs()).sum() / len(labels)
+    return error.item(), table.tolist()
+
+
+def per_class(scores, labels, classes):
+    table = confusion(scores, labels).double()
+    return dict(zip(classes, (100 * table.diagonal() / table.sum(1).clamp(min=1)).tolist()))
+
+
+def best_temperature(scores, labels):
+    """T > 0 of the least cross-entropy of scores / T (Guo et al. 2017)."""
+    log_t = torch.zeros((), device=scores.device, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(scores.double() / log_t.clamp(-7, 7).exp(), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return log_t.clamp(-7, 7).exp().item()
+
+
+def knn_top1(bank, bank_labels, query, query_labels, k=200, tau=0.07):
+    """Weighted k-NN accuracy in percent (Wu et al. 2018): neighbours vote exp(s/tau), s the cosine similarity."""
+    bank, right = F.normalize(bank), 0
+    for q, y in zip(F.normalize(query).split(1000), query_labels.split(1000)):
+        s, nearest = (q @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(q), int(bank_labels.max()) + 1, device=bank.device, dtype=s.dtype)
+        votes.scatter_add_(1, bank_labels[nearest], ((s - 1) / tau).exp())  # at most 1: no overflow in any type
+        right += (votes.argmax(1) == y).sum().item()
+    return 100 * right / len(query)
