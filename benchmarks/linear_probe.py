@@ -7,6 +7,8 @@
    --part images through all epochs, its time scaled to all of them. Accuracy of both on that part, so that they compare.
 """
 
+import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -80,6 +82,8 @@ def now(device):
 def main(run, epochs, part, device):
     """Time the probe of RUN's encoder."""
     device = choose_device(device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    click.echo(f"{name}, torch {torch.__version__}, python {platform.python_version()}; {run}")
     r, y = made_features(50_000, 512, 10, device)
     start = now(device)
     ours.probe(r, y, 10, CELLS, settings(epochs))

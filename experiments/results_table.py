@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-HEAD = ["run", "loss", "tau", "augment", "batch", "epochs", "views, M", "training, min", "probe top-1 %", "k-NN top-1 %", "seed"]
+HEAD = ["run", "loss", "tau", "augment", "batch", "queue", "epochs", "views, M", "training, min", "probe top-1 %", "k-NN top-1 %", "seed"]
 
 
 def row(run):
@@ -19,7 +19,7 @@ def row(run):
     last = [entry for entry in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "mean_loss" in entry][-1]
     views = last["step"] * options["batch"] * options["views"] / 1e6
     return [
-        run.name, options["loss"], f"{options['tau']:g}" if options["tau"] else "", options["augment"], options["batch"],
+        run.name, options["loss"], f"{options['tau']:g}" if options["tau"] else "", options["augment"], options["batch"], options.get("queue") or "",
         last["epoch"], f"{views:.2f}", f"{last['seconds'] / 60:.1f}", f"{probe_of(run)['top1']:.2f}", f"{last['knn_top1']:.1f}", options["seed"],
     ]
 
