@@ -132,8 +132,9 @@ def fit_cells(features_of, labels, num_classes, cells, fit):
             for group, (lr, _) in zip(optimizer.param_groups, cells):
                 group["lr"] = lr * rate
             optimizer.zero_grad()
-            scores = torch.addmm(torch.cat(biases), r[rows], torch.cat(weights).T).view(-1, num_classes)  # (n K, C)
-            y = labels[rows].repeat_interleave(K)
+            weight, bias = torch.stack(weights, 1).flatten(0, 1), torch.stack(biases, 1).flatten()  # (C K, D), (C K,)
+            scores = torch.addmm(bias, r.index_select(0, rows), weight.T).view(-1, num_classes, K)
+            y = labels[rows, None].expand(-1, K)
             (K * F.cross_entropy(scores, y, label_smoothing=fit.label_smoothing)).backward()
             optimizer.step()
     return torch.stack(weights).detach(), torch.stack(biases).detach()
