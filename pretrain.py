@@ -16,6 +16,7 @@ and end the run.
 
 import contextlib
 import copy
+import gc
 import math
 import os
 import shlex
@@ -326,7 +327,8 @@ def train(config, resume=None):
     """
     rank, world, device = setup_ranks(torch.device(config.device))
     entry, trouble = train_on_rank(config, resume, rank, world, device)
-    if world > 1:  # gloo aborts at exit unless the ranks meet after DistributedDataParallel is gone
+    if world > 1:  # gloo aborts at exit unless the ranks meet after DistributedDataParallel, which holds itself, is gone
+        gc.collect()
         dist.barrier()
         dist.destroy_process_group()
     if trouble:

@@ -1,6 +1,7 @@
 """What the tests of whole runs share: starting the scripts, reading what they leave, making folders of images."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 def start(*arguments, output=subprocess.DEVNULL):
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=PROJECT, env=ONE_THREAD, stdout=output, stderr=output, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and hands that on
+    return subprocess.Popen(command, cwd=PROJECT, env=ONE_THREAD, stdout=output, stderr=output, text=True, preexec_fn=heed)
 
 
 def python(*arguments, **options):
