@@ -1,4 +1,4 @@
-"""Every picture that the scripts draw, from what their runs have logged. Needs matplotlib, which nothing else does."""
+"""Every picture that the scripts draw. Needs matplotlib, which nothing else does."""
 
 import json
 

@@ -405,18 +405,20 @@ def shuffled_pairs(labels, g):
     """Rows 2j and 2j + 1 show two images of one class; the pairs go round the classes, so that any C pairs in a row
     show C classes, as Sohn's batches do. Small classes recur."""
     members = [m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels)]
-    pairs = [m[: len(m) // 2 * 2].view(-1, 2) for m in members]
-    count = math.ceil(len(labels) / (2 * len(pairs)))
-    rounds = torch.stack([p[torch.arange(count) % len(p)] for p in pairs], 1)  # (count, C, 2)
-    return rounds[:, torch.randperm(len(pairs), generator=g)].flatten()[: len(labels)]
+    return round_the_classes([m[: len(m) // 2 * 2].view(-1, 2) for m in members], len(labels), g)
 
 
 def shuffled_balanced(labels, g):
     """An order in which any C images in a row, C from the beginning, show C classes. Small classes recur."""
     members = [m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels)]
-    count = math.ceil(len(labels) / len(members))
-    rounds = torch.stack([m[torch.arange(count) % len(m)] for m in members], 1)  # (count, C)
-    return rounds[:, torch.randperm(len(members), generator=g)].flatten()[: len(labels)]
+    return round_the_classes([m.view(-1, 1) for m in members], len(labels), g)
+
+
+def round_the_classes(groups, n, g):
+    """n rows: a group of every class, then the next of every class, ...; groups[c] (k_c, images of a group)."""
+    count = math.ceil(n / (len(groups) * groups[0].shape[1]))
+    rounds = torch.stack([part[torch.arange(count) % len(part)] for part in groups], 1)  # (count, C, images)
+    return rounds[:, torch.randperm(len(groups), generator=g)].flatten()[:n]
 
 
 def images_of_classes(labels):

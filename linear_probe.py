@@ -8,7 +8,8 @@
 Features of un-augmented images are extracted once. A grid of learning rates and weight decays is fitted to nine tenths of
 the training images, all cells together as one linear layer; the cell that is best on the other tenth is fitted again, to
 all of them, and meets the test images once, at its last epoch. Beside the checkpoint it leaves probe.json and
-classifier.pt (probe-DATASET.json for another data set); load_classifier makes one module of the latter.
+classifier.pt, their names with another data set, a fraction or a recipe at the end where there is one; load_classifier
+makes one module of the latter.
 """
 
 import hashlib
@@ -28,14 +29,14 @@ from torch import nn
 import losses
 from figures import draw_probe, pyplot
 from images import (
-    DATASETS, Refused, ViewParameters, WorkerViews, draw_view, generator, load_data, make_view, normalize, require_same_classes,
+    DATASETS, Refused, ViewParameters, WorkerViews, draw_view, generator, load_data, make_view, require_same_classes,
     stratified, take, worker_batches,
 )  # fmt: skip
 from metrics import best_temperature, confusion, knn_top1, per_class, reliability, topk, worst_confusions
-from options import NOT_NEGATIVE, POSITIVE, Finite, run_command
-from pretrain import bfloat16_is_fast, build_encoder, choose_device, encode
+from options import NOT_NEGATIVE, POSITIVE, Finite, refuse_two_rates, run_command
+from pretrain import bfloat16_is_fast, build_encoder, choose_device, encode, encode_images
 from recipes import PRESETS, as_option, learning_rate, make_optimizer
-from run_folder import load_checkpoint, load_state, write_aside
+from run_folder import load_checkpoint, load_plain, load_state, write_aside
 
 LRS, DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3, 1e-2)  # the grid, on standardised features
 HELD_OUT = 0.1
@@ -55,12 +56,13 @@ class Frozen(nn.Module):
         self.autocast = torch.bfloat16 if config["precision"] in ("auto", "bfloat16") and bfloat16_is_fast(self.mean.device) else None
 
     def forward(self, x):
-        x = x.to(self.mean.device)
-        return self.encode(normalize(x if x.is_floating_point() else x.float() / 255, self.mean, self.std))
+        return self.scaled(encode_images(self.encoder, x, self.mean, self.std, self.autocast))
 
     def encode(self, x):
         """Of images that are normalised already."""
-        r = encode(self.encoder, x.to(memory_format=torch.channels_last), self.autocast)
+        return self.scaled(encode(self.encoder, x.to(memory_format=torch.channels_last), self.autocast))
+
+    def scaled(self, r):
         return F.normalize(r) if self.config.get("normalize_encoder") else r
 
 
@@ -209,19 +211,13 @@ class Classifier(nn.Module):
 
 
 FORMAT = "supcon-probe-2"
-CONTENTS = {"config", "dataset", "encoder", "mean", "std", "weight", "bias", "temperature", "classes"}
+ENTRIES = {"config": dict, "dataset": str, "encoder": dict, "mean": torch.Tensor, "std": torch.Tensor, "weight": torch.Tensor, "bias": torch.Tensor,
+           "temperature": float, "classes": list}  # fmt: skip
 
 
 def load_classifier(path, device="cpu"):
     """The Classifier in a classifier.pt of this script. Raises Refused for anything else."""
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise Refused(f"there is no classifier {path}: run linear_probe.py, and name its classifier.pt") from e
-    except Exception as e:  # of a zip archive, of pickle, of the file system
-        raise Refused(f"{path} cannot be read as a classifier of linear_probe.py ({type(e).__name__}): name another") from e
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT or not CONTENTS <= contents.keys():
-        raise Refused(f"{path} is not a classifier of linear_probe.py: run it, and name the classifier.pt that it leaves")
+    contents = load_plain(path, "classifier", "linear_probe.py", FORMAT, ENTRIES, "run linear_probe.py, and name the classifier.pt that it leaves")
     frozen = frozen_from(contents, path, torch.device(device))
     linear = as_linear(contents["weight"].to(device), contents["bias"].to(device))
     return Classifier(frozen, linear, contents["classes"], contents["temperature"], contents["dataset"]).eval()
@@ -320,6 +316,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
         click.echo("no class has two images: nothing to choose with, so the first learning rate and weight decay are taken", err=True)
     scores = found.classifier(r_test)
     fitted = time.perf_counter()
+    ece, table = reliability(scores, y_test)
     shared = vars(fit) | {"lr": found.cell[0], "augment": augment, "l2_normalize": l2_normalize, "fraction": fraction, "limit": limit}
     result = {
         "checkpoint": str(checkpoint),
@@ -330,10 +327,10 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
         "train_top1": topk(found.classifier(r_train), y_train, 1),
         "per_class_top1": per_class(scores, y_test, test.classes),
         "worst_confusions": worst_confusions(scores, y_test, test.classes),
-        "ece": reliability(scores, y_test)[0],
+        "ece": ece,
         "ece_after_temperature": reliability(scores / found.temperature, y_test)[0],
         "temperature": found.temperature,
-        "reliability": reliability(scores, y_test)[1],
+        "reliability": table,
         "knn_top1": knn_top1(r_train, y_train, r_test, y_test),
         **geometry(frozen, test, fit.seed),
         "lr": found.cell[0],
@@ -365,8 +362,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
 def complete_fit(recipe, options, given):
     """(what all cells of the grid share, the cells), with a preset's numbers where no option is given."""
     options = dict(options)
-    if {"lr", "lr_per_256"} <= given:
-        raise Refused("--lr and --lr-per-256 both set the learning rate: leave one out")
+    refuse_two_rates(given)
     if recipe:
         preset = {"nesterov": False, "standardize": False, "warmup": 0.0} | PRESETS[recipe].probe
         bound = {"lr", "lr_per_256"} if {"lr", "lr_per_256"} & given else set()

@@ -1,7 +1,8 @@
 """The command line of pretrain.py: every option with its default, what goes together, what a preset sets.
 
 `read` makes a run's options of what is given, a preset and a checkpoint to go on from; complete_options and complete_from_data
-fill in the defaults that depend on the rest, and refuse what cannot work, in one line each.
+fill in the defaults that depend on the rest, and refuse what cannot work, in one line each. run_command, at the end, is how
+every script of the project ends.
 """
 
 import math
@@ -156,8 +157,7 @@ def read(context, resume, options):
     if options["recipe"]:
         options = options | of_preset(options, given)
         say("\n".join(describe(options["recipe"])))
-    if {"lr", "lr_per_256"} <= given:
-        raise Refused("--lr and --lr-per-256 both set the learning rate: leave one out")
+    refuse_two_rates(given)
     for names, fits, where in MEANT_FOR:
         if given & set(names) and not fits(options):
             raise Refused(f"{names_of(context, given & set(names))} has a meaning for {where} alone: leave it out")
@@ -165,6 +165,11 @@ def read(context, resume, options):
     light = config.dataset == "shapes"
     fill_in(config, {"arch": "small" if light else "resnet50", "batch": 64 if light else 1024, "epochs": 12 if light else 1000})
     return config, None
+
+
+def refuse_two_rates(given):
+    if {"lr", "lr_per_256"} <= given:
+        raise Refused("--lr and --lr-per-256 both set the learning rate: leave one out")
 
 
 def resumed(context, run, options, given):

@@ -40,7 +40,7 @@ from images import (
     worker_batches,
 )  # fmt: skip
 from metrics import knn_top1
-from options import complete_from_data, complete_options, pretraining_options, read, require_same_data, run_command
+from options import complete_from_data, complete_options, pretraining_options, read, require_same_data, run_command, say
 from recipes import PRESETS, describe, learning_rate, make_optimizer
 from run_folder import Journal, checkpoint_of, describe_run, load_state, refusal_of, refuse_unusable, signals_noted
 
@@ -107,6 +107,13 @@ def encode(encoder, x, autocast):
     """r = Enc(x) in x's type, its inside in the type `autocast` if that is not None."""
     with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
         return encoder(x).to(x.dtype)
+
+
+def encode_images(encoder, images, mean, std, autocast):
+    """r of images (n, 3, H, H), uint8 or float in [0, 1], on the device of mean and std."""
+    x = images.to(mean.device)
+    x = normalize(x if x.is_floating_point() else x.float() / 255, mean, std)
+    return encode(encoder, x.to(memory_format=torch.channels_last), autocast)
 
 
 def bfloat16_is_fast(device):
@@ -228,10 +235,7 @@ def features(encoder, images, mean, std, autocast=None, batch=500):
     """r = Enc(x), (n, width), of un-augmented images, in evaluation mode."""
     was_training = encoder.training
     encoder.eval()
-    parts = []
-    for part in images.split(batch):
-        x = normalize(part.to(mean.device).float() / 255, mean, std)
-        parts.append(encode(encoder, x.to(memory_format=torch.channels_last), autocast))
+    parts = [encode_images(encoder, part, mean, std, autocast) for part in images.split(batch)]
     encoder.train(was_training)
     return torch.cat(parts)
 
@@ -338,7 +342,6 @@ def train(config, resume=None):
 
 def train_on_rank(config, resume, rank, world, device):
     """(last log entry, None), or (None, what the user is to be told) where the ranks agreed to end."""
-    say = click.echo if rank == 0 else (lambda *a, **k: None)
     complete_options(config, world)
     run, share, V = Path(config.run), config.batch // world, config.views
     refuse_unusable(run, resuming=resume is not None)
@@ -347,7 +350,8 @@ def train_on_rank(config, resume, rank, world, device):
     if resume:
         require_same_data(config, data, resume)
     mine = slice(rank * share, (rank + 1) * share)  # of the global batch
-    parts = [slice(i, i + (config.micro_batch or share)) for i in range(mine.start, mine.stop, config.micro_batch or share)]
+    size = config.micro_batch or share
+    parts = [slice(i, i + size) for i in range(mine.start, mine.stop, size)]
     steps_per_epoch = len(data.labels) // config.batch
     total = config.epochs * steps_per_epoch
 
@@ -378,7 +382,7 @@ def train_on_rank(config, resume, rank, world, device):
     trouble = refusal_of(journal.open, run, describe_run(config, world)) if journal else None
     if anywhere(trouble)[0]:
         return None, trouble or SystemExit(2)
-    announce(say, config, data, test, model, autocast, collapse, floor, world)
+    announce(config, data, test, model, autocast, collapse, floor, world)
 
     refused, stop = None, False
     source = batches(config, data, parts, mean, std, range(step, total), steps_per_epoch)
@@ -560,7 +564,7 @@ def resume_command(run):
     return f"{start} {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(run))}"
 
 
-def announce(say, config, data, test, model, autocast, collapse, floor, world):
+def announce(config, data, test, model, autocast, collapse, floor, world):
     n, weights = len(data.labels), sum(p.numel() for p in model.encoder.parameters())
     say(f"{config.dataset}: {n} images of {data.images.shape[-1]} x {data.images.shape[-1]}, {len(data.classes)} classes; "
         f"{config.arch}, {config.stem} stem, {weights / 1e6:.2f} M weights, {config.device} x {world}, "

@@ -1,4 +1,4 @@
-"""What the papers and their codes trained with: the defaults of each loss, presets, schedules, LARS.
+"""What the papers and their codes trained with: the defaults of each loss, presets, schedules, LARS and RMSProp.
 
 `python pretrain.py --recipe NAME` and `python linear_probe.py CKPT --recipe NAME` take a preset's numbers; an option that
 is given beside it overrides them. `--recipe list` prints all of this table.
@@ -45,6 +45,7 @@ SOLO = "github.com/vturrisi/solo-learn, scripts/pretrain/cifar/supcon.yaml"
 CIFAR = {"arch": "resnet50", "stem": "3x3", "batch": 1024, "schedule": "cosine", "warmup": 10.0, "warmup_from": 0.01, "momentum": 0.9}
 HEAD = {"proj_depth": 2, "proj_dim": 128}
 SIM = {"augment": "sim", "crop_min": 0.2, "jitter": 0.5}  # colour jitter (0.4, 0.4, 0.4, 0.1)
+SUPCON_CIFAR = CIFAR | SIM | HEAD | {"loss": "supcon", "tau": 0.1, "loss_scale": 0.1 / 0.07, "epochs": 1000, "lr": 0.5, "weight_decay": 1e-4}
 STEPS = {"optimizer": "sgd", "momentum": 0.9, "epochs": 100, "batch": 512, "weight_decay": (0.0,), "schedule": "step"}
 
 IMAGENET = {
@@ -61,13 +62,13 @@ BN_DECAY = "weight decay takes in batch norm, which the source leaves out; its c
 PRESETS = {
     "cifar10-supcon": Preset(
         f"{REFERENCE}, README: SupCon on CIFAR-10, 96.0 %",
-        CIFAR | SIM | HEAD | {"dataset": "cifar10", "loss": "supcon", "tau": 0.1, "loss_scale": 0.1 / 0.07, "epochs": 1000, "lr": 0.5, "weight_decay": 1e-4},
+        SUPCON_CIFAR | {"dataset": "cifar10"},
         STEPS | {"lr": (5.0,)},
         "the source keeps the last, incomplete batch of an epoch, and reports its best test epoch",
     ),
     "cifar100-supcon": Preset(
         f"{REFERENCE}, README: SupCon on CIFAR-100, 76.5 %",
-        CIFAR | SIM | HEAD | {"dataset": "cifar100", "loss": "supcon", "tau": 0.1, "loss_scale": 0.1 / 0.07, "epochs": 1000, "lr": 0.5, "weight_decay": 1e-4},
+        SUPCON_CIFAR | {"dataset": "cifar100"},
         STEPS | {"lr": (5.0,)},
         "as cifar10-supcon",
     ),

@@ -2,7 +2,7 @@
 
     config.json       every option, and what the numbers were made with
     log.jsonl         an object per logged step and per epoch
-    ckpt.pt           the newest checkpoint; ckpt-previous.pt is the one before it
+    ckpt.pt           the newest checkpoint; ckpt-previous.pt is the one before it, ckpt-damaged.pt one that could not be read
     lock              held, while it runs, by the process that writes here
 """
 
@@ -34,17 +34,22 @@ ENTRIES = {"config": dict, "step": int, "seconds": float, "encoder": dict, "opti
 
 def load_checkpoint(path):
     """The contents of a checkpoint of pretrain.py: plain tensors and types. Raises Refused for anything else."""
+    return load_plain(path, "checkpoint", "pretrain.py", FORMAT, ENTRIES, "name the ckpt.pt of a run folder")
+
+
+def load_plain(path, kind, script, form, entries, remedy):
+    """The contents of a file of this project, read without running code: a dict that says its format and holds these entries."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
-        raise Refused(f"there is no checkpoint {path}: name the ckpt.pt of a run folder") from e
+        raise Refused(f"there is no {kind} {path}: {remedy}") from e
     except Exception as e:  # of a zip archive, of pickle, of the file system
-        raise Refused(f"{path} cannot be read as a checkpoint of pretrain.py ({type(e).__name__}): name another") from e
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        raise Refused(f"{path} is not a checkpoint of pretrain.py: name the ckpt.pt of a run folder")
-    wrong = [name for name, kind in ENTRIES.items() if not isinstance(contents.get(name), kind)]
+        raise Refused(f"{path} cannot be read as a {kind} of {script} ({type(e).__name__}): {remedy}") from e
+    if not isinstance(contents, dict) or contents.get("format") != form:
+        raise Refused(f"{path} is not a {kind} of {script}: {remedy}")
+    wrong = [name for name, type_ in entries.items() if not isinstance(contents.get(name), type_)]
     if wrong:
-        raise Refused(f"{path} lacks {', '.join(wrong)}: name another checkpoint")
+        raise Refused(f"{path} is not a {kind} of {script}, it lacks {', '.join(wrong)}: {remedy}")
     return contents
 
 

@@ -423,47 +423,41 @@ def an_empty_severity(here, probed, folder):
     return folder, ["--corrupted", root], "Found no valid file"
 
 
-def labels_out_of_range(here, probed, folder):
+def cifar10_c_with(here, **files):
+    """A sound CIFAR-10-C but for these files."""
     cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
-    np.save(here / "c" / "labels.npy", np.arange(300) % 11)
-    return probed, ["--corrupted", here / "c"], "out of range for the classifier's 10 classes"
+    for name, values in files.items():
+        np.save(here / "c" / f"{name}.npy", values)
+    return here / "c"
+
+
+def labels_out_of_range(here, probed, folder):
+    return probed, ["--corrupted", cifar10_c_with(here, labels=np.arange(300) % 11)], "out of range for the classifier's 10 classes"
 
 
 def fewer_classes(here, probed, folder):
-    cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
-    np.save(here / "c" / "labels.npy", np.arange(300) % 7)
-    return probed, ["--corrupted", here / "c"], "has 7 classes, and the classifier 10"
+    return probed, ["--corrupted", cifar10_c_with(here, labels=np.arange(300) % 7)], "has 7 classes, and the classifier 10"
 
 
 def too_few_labels(here, probed, folder):
-    test = images.load_data("shapes", None, False, size=16)
-    cifar10_c(here / "c", test)
-    np.save(here / "c" / "labels.npy", np.tile(test.labels[:50].numpy(), 5))
-    return probed, ["--corrupted", here / "c"], "labels.npy has 250 labels"
+    labels = images.load_data("shapes", None, False, size=16).labels[:50].numpy()
+    return probed, ["--corrupted", cifar10_c_with(here, labels=np.tile(labels, 5))], "labels.npy has 250 labels"
 
 
 def labels_of_another_test_set(here, probed, folder):
-    cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
-    np.save(here / "c" / "labels.npy", np.arange(300) % 10)
-    return probed, ["--corrupted", here / "c"], "are not the labels of the test set"
+    return probed, ["--corrupted", cifar10_c_with(here, labels=np.arange(300) % 10)], "are not the labels of the test set"
 
 
 def labels_that_are_words(here, probed, folder):
-    cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
-    np.save(here / "c" / "labels.npy", np.array(["cat"] * 300))
-    return probed, ["--corrupted", here / "c"], "must hold whole numbers"
+    return probed, ["--corrupted", cifar10_c_with(here, labels=np.array(["cat"] * 300))], "must hold whole numbers"
 
 
 def no_labels(here, probed, folder):
-    cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
-    np.save(here / "c" / "labels.npy", np.zeros(0, dtype=int))
-    return probed, ["--corrupted", here / "c"], "must hold five severities"
+    return probed, ["--corrupted", cifar10_c_with(here, labels=np.zeros(0, dtype=int))], "must hold five severities"
 
 
 def images_that_are_floats(here, probed, folder):
-    severities = cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
-    np.save(here / "c" / "fog.npy", severities / 255)
-    return probed, ["--corrupted", here / "c"], "must hold uint8 images"
+    return probed, ["--corrupted", cifar10_c_with(here, fog=np.zeros((300, 16, 16, 3)))], "must hold uint8 images"
 
 
 def half_a_classifier(here, probed, folder):
@@ -472,8 +466,7 @@ def half_a_classifier(here, probed, folder):
 
 
 def a_cut_file(here, probed, folder):
-    cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
-    (here / "c" / "fog.npy").write_bytes(b"\x93NUMPY")
+    (cifar10_c_with(here) / "fog.npy").write_bytes(b"\x93NUMPY")
     return probed, ["--corrupted", here / "c"], "fog.npy cannot be read"
 
 
