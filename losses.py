@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: MIT. Copyright (c) 2026 the authors of this file. Version 0.2.0.
+# SPDX-License-Identifier: MIT. Copyright (c) 2026 the authors of this file. Version 0.3.0.
 """Supervised contrastive losses and their relatives, one file that needs nothing but torch (2.9 or newer).
 
     from losses import supcon_out
@@ -10,7 +10,6 @@ Notation, as in the paper (Khosla et al. 2020, arXiv 2004.11362v5, cited as "A";
 2012.09740, as "B"). n images with V views make N = nV rows z_i of D numbers, view 0 of every image first:
 
     s_ij = z_i . z_j      A(i) = all rows but i      P(i) = rows of A(i) with the label of i      N(i) = the rest
-    P_ip = exp(s_ip/tau) / sum_{a in A(i)} exp(s_ia/tau)
 
 A loss is the mean over the anchors i that have a positive; the others are left out of mean and gradient alike,
 and a batch without any gives 0. Nothing is scaled by a hidden factor and nothing is normalised: the functions
@@ -22,7 +21,7 @@ labels and class probabilities get none. Second derivatives of what is made of s
 cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
 """
 
-import contextlib
+import functools
 import math
 from typing import Optional
 
@@ -31,6 +30,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+ABSENT = torch.finfo(torch.float32).min  # a score that weighs nothing beside any other; 0 times -inf would be nan
 
 # ---------------------------------------------------------------- the supervised contrastive loss
 
@@ -67,7 +68,7 @@ def nt_xent(z, tau=0.5, *, views=2, reduction="mean"):
 
 def _supcon(variant, z, y, tau, denominator, positives_cap, views):
     """(L_i of every row, whether it counts), each (N,)."""
-    _check(z, y, tau=tau, views=1 if positives_cap is None else views, probabilities=True)
+    _check(z, y, tau, 1 if positives_cap is None else views, soft=True)
     _check_word("denominator", denominator, ("all", "one_positive", "negatives"))
     if denominator == "all" and positives_cap is None:
         return _anchors(variant, z, y, tau)
@@ -76,70 +77,41 @@ def _supcon(variant, z, y, tau, denominator, positives_cap, views):
     p, n = _positives_negatives(y)
     if positives_cap is not None:
         p = _cap_positives(p, positives_cap, views)
+    return _dense(variant, _scores(z, tau).masked_fill(~(p | n), ABSENT), p, denominator)
+
+
+def _dense(variant, s, w, denominator="all"):
+    """(L_i of every anchor, whether it counts), each (M,), from all scores s_ij/tau (M, N): the equations as they are.
+
+    w_ij >= 0 weighs j as a positive of i, 1 for one label and 0 for another. What A(i) does not hold is ABSENT in s.
+    """
+    weight = w.sum(1, dtype=s.dtype)  # |P(i)|
+    valid = weight > 0
+    weight = weight.clamp(min=torch.finfo(s.dtype).tiny)
     if denominator == "all":
-        z, scale = _rows_and_scale(z, tau)
-        return _Dense.apply(variant, z, None, p, ~(p | n), scale)
-    s = _scores(z) / tau
-    log_n = s.masked_fill(~n, -torch.inf).logsumexp(1, keepdim=True)
-    if denominator == "negatives":
-        p = p & n.any(1, keepdim=True)
-        log_ratio = torch.where(p, s - log_n, 0)
+        log_ratio = s.log_softmax(1)
     else:
-        log_ratio = torch.where(p, s - torch.logaddexp(s, log_n), 0)
-    loss, _ = _equation(variant, _rows_to_one(p, s.dtype), log_ratio)
-    return torch.where(p.any(1), loss, 0), p.any(1)
-
-
-def _equation(variant, w, log_ratio):
-    """L_i (A eq. 2 and 3) and X_ip (A eq. 5) of every row, from w_ip = 1/|P(i)|, 0 for no positive, and the log ratios."""
+        n = (s > ABSENT) & (w == 0)
+        log_n = s.masked_fill(~n, ABSENT).logsumexp(1, keepdim=True)
+        log_ratio = s - (log_n if denominator == "negatives" else torch.logaddexp(s, log_n))
+        valid = valid & n.any(1) if denominator == "negatives" else valid
     if variant == "out":
-        return -(w * log_ratio).sum(1), w
-    weighed = _log(w) + log_ratio
-    return -weighed.logsumexp(1), weighed.softmax(1)
+        loss = -(w * log_ratio).sum(1) / weight
+    else:
+        weighed = (log_ratio if w.dtype == torch.bool else log_ratio + w.log()).masked_fill(w == 0, ABSENT)
+        log_X = weighed.log_softmax(1)  # X_ip of A eq. 5: at every p, weighed - log_X is the log of the sum
+        loss = weight.log() - (w * (weighed - log_X)).sum(1) / weight
+    return loss, valid
 
 
 def _cap_positives(p, cap, views):
     """P(i) cut to the anchor's own views and the first cap / views other images of its class."""
     if cap < 0 or cap % views:
         raise ValueError(f"positives_cap must be a multiple of views = {views} and not negative, got {cap}")
-    image = torch.arange(len(p), device=p.device) % (len(p) // views)
+    image = _image_index(p, views)
     own = image[:, None] == image
     others = (p & ~own).unflatten(1, (views, -1))  # (N, V, n): each view of the other images, in batch order
-    first = others & (others.cumsum(2) <= cap // views)
-    return (p & own) | first.flatten(1)
-
-
-class _Dense(torch.autograd.Function):
-    """(L_i of every anchor, whether it counts), from the whole matrix of scores.
-
-    a (M, D) and b (N, D) are anchors and contrast set, b None for the anchors themselves; their products times scale
-    are the scores. w (M, N) >= 0 weighs the positives, each row is brought to a sum of one; excluded, as _fill takes
-    it, marks what is not in an anchor's denominator.
-    The gradient is dL_i/ds_ij = P_ij - X_ij (A eq. 4 and 5).
-    """
-
-    @staticmethod
-    def forward(ctx, variant, a, b, w, excluded, scale):
-        s = _product(a, (a if b is None else b).T).mul_(scale)
-        log_p = _fill(s, excluded, -torch.inf).log_softmax(1)  # log P_ij
-        w = _rows_to_one(w, s.dtype)
-        alone = w.sum(1, keepdim=True) == 0
-        P = log_p.exp()
-        loss, X = _equation(variant, w, _fill(log_p, excluded, 0))
-        ctx.save_for_backward(a, b, P.sub_(X).masked_fill_(alone, 0))
-        ctx.scale = scale
-        alone = alone.squeeze(1)
-        valid = ~alone
-        return loss.masked_fill_(alone, 0), valid
-
-    @staticmethod
-    def backward(ctx, g, _):
-        _first_derivative_only()
-        a, b, P_minus_X = ctx.saved_tensors
-        G = (g * ctx.scale)[:, None] * P_minus_X
-        if b is None:
-            return None, _product(G + G.T, a), *[None] * 4
-        return None, _product(G, b), _product(G.T, a), *[None] * 3
+    return p & own | (others & (others.cumsum(2) <= cap // views)).flatten(1)
 
 
 def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", reduction="mean"):
@@ -150,11 +122,10 @@ def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="ou
     sides get gradients. Returns a scalar, or (M,) values.
     """
     _check_word("variant", variant, ("out", "in"))
-    _check(z, y, tau=tau, probabilities=True)
+    _check(z, y, tau, soft=True)
     _check_contrast(z, y, contrast, y_contrast)
     if own is not None and not (isinstance(own, int) and 0 <= own <= len(contrast) - len(z)):
         raise ValueError(f"own must be a whole number in 0 ... {len(contrast) - len(z)}, got {own}")
-    contrast, y_contrast = contrast.clone(), y_contrast.clone()  # a memory may move on before the backward
     return _reduce(*_anchors(variant, z, y, tau, contrast, y_contrast, own), reduction)
 
 
@@ -177,8 +148,7 @@ class SupConLoss(nn.Module):
         _check_word("contrast_mode", contrast_mode, ("all", "one"))
         _check_word("variant", variant, ("out", "in"))
         _check_tau(temperature)
-        if base_temperature is not None:
-            _check_tau(base_temperature)
+        _check_tau(1.0 if base_temperature is None else base_temperature)
         self.temperature, self.base_temperature = temperature, base_temperature
         self.contrast_mode, self.variant, self.normalize = contrast_mode, variant, normalize
 
@@ -189,15 +159,13 @@ class SupConLoss(nn.Module):
             raise ValueError("give labels or mask, not both")
         B, V = features.shape[:2]
         z = _widen(features.flatten(2).transpose(0, 1).flatten(0, 1))  # (V B, D), view by view
-        if self.normalize:
-            z = F.normalize(z)
+        z = F.normalize(z) if self.normalize else z
         M = B if self.contrast_mode == "one" else V * B  # the anchors come first in z
         if mask is not None:
             if mask.shape != (B, B):
                 raise ValueError(f"mask must be ({B}, {B}), got {tuple(mask.shape)}")
-            z, scale = _rows_and_scale(z, self.temperature)
-            w = _fill(mask.to(z.device, z.dtype).repeat(V, V)[:M], 0, 0)
-            terms = _Dense.apply(self.variant, z[:M], z if M < V * B else None, w, 0, scale)
+            s = _scores(z, self.temperature, own=0)
+            terms = _dense(self.variant, s[:M], _fill(mask.to(s).repeat(V, V), 0, 0)[:M])
         else:
             y = torch.arange(B, device=z.device) if labels is None else labels.reshape(-1).to(z.device)
             if len(y) != B:
@@ -213,81 +181,68 @@ class SupConLoss(nn.Module):
 #   L_out,i = lse_{a in A(i)} s_ia/tau  -  mean_{p in P(i)} s_ip/tau
 #   L_in,i  = lse_{a in A(i)} s_ia/tau  -  lse_{p in P(i)} s_ip/tau  +  log |P(i)|
 #
-# lse, the log of the sum of exp, goes over tiles of the scores, and the backward computes each tile again. The mean
+# lse, the log of the sum of exp, goes over tiles of the scores, and its backward computes each tile again. The mean
 # needs no scores: it is z_i . c_i / tau, c_i the mean of the rows P(i), from the sums of the classes. Where the
-# anchors are the contrast set, b is None: s_ij = s_ji, and a tile above the diagonal serves its rows and its columns.
+# anchors are the contrast set, s_ij = s_ji: a tile above the diagonal serves its rows and, as a mirror, its columns.
 
-TILE = 1024  # rows and columns of scores in memory at a time
+TILE = 512  # rows and columns of scores in memory at a time, eight times that on an accelerator
 DENSE = 512  # a batch that is no larger takes the dense form, which is faster there
 
 
 def _anchors(variant, a, y_a, tau, b=None, y_b=None, own=0):
-    """(L_i of every anchor, whether it counts), each (M,); anchor i is row own + i of the contrast set, if of any."""
-    a, scale = _rows_and_scale(a, tau)
-    b = None if b is None else _rows_and_scale(b, tau)[0].to(a.dtype)
+    """As _dense, for anchors a against b, or themselves without one; anchor i is row own + i of b, if it is one."""
+    a = _over_root(a, tau)
+    b = None if b is None else _over_root(b, tau).to(a.dtype)
+    contrast, y_b = (a, y_a) if b is None else (b, y_b)
     if y_a.ndim == 2:
-        y_a, y_b = y_a.to(a.dtype), None if b is None else y_b.to(a.dtype)
-    if len(a) * len(a if b is None else b) > DENSE**2:
-        root = math.sqrt(scale)
-        return _Tiled.apply(variant, a * root, y_a, None if b is None else b * root, y_b, own)
-    y_b = y_a if b is None else y_b
-    w = _product(y_a, y_b.T) if y_a.ndim == 2 else y_a[:, None] == y_b
-    return _Dense.apply(variant, a, b, _fill(w, own, 0), own, scale)
+        y_a, y_b = y_a.to(a.dtype), y_b.to(a.dtype)
+    if len(a) * len(contrast) <= DENSE**2:
+        return _dense(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0))
+    y_a, y_b = y_a.clone(), y_b.clone()  # a memory may move on before the backward
+    sums, weight, alone = _positives(y_a, contrast, y_b, own)
+    lse = _LogSumExp.apply(a, b, *((None, None) if variant == "out" else (y_a, y_b)), own)
+    loss = lse[0] - (a * sums).sum(1) / weight if variant == "out" else lse[0] - lse[1] + weight.log()
+    return loss, ~alone
 
 
-class _Tiled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, variant, a, y_a, b, y_b, own):
-        mirror = b is None
-        b, y_b = (a, y_a) if mirror else (b, y_b)
-        summed = b if variant == "out" else b[:, :0]  # L_in asks for |P(i)| alone
-        sums = _positive_sums(F.pad(summed, (0, 1), value=1.0), y_b, y_a, own)
-        weight = sums[:, -1]  # |P(i)|, or the sum of the products of class probabilities
-        rounding = 1e-6 if a.device.type == "mps" else 1e-12  # of sums that an anchor itself was taken from
-        alone = weight <= (0 if y_a.ndim == 1 or own is None else rounding * y_a.square().sum(1))
-        weight = weight.masked_fill(alone, 1)
-        mean = sums[:, :-1] / weight[:, None]  # c_i
-        labels = (y_a, y_b) if variant == "in" else (None, None)
-        lse = _lse(a, b, *labels, own, mirror)
-        loss = lse[0] - (a * mean).sum(1) if variant == "out" else lse[0] - lse[1] + weight.log()
-        ctx.save_for_backward(a, b, y_a.clone(), y_b.clone(), lse, mean, weight, alone)
-        ctx.variant, ctx.own, ctx.mirror = variant, own, mirror
-        valid = ~alone
-        return loss.masked_fill_(alone, 0), valid
-
-    @staticmethod
-    def backward(ctx, g, _):
-        _first_derivative_only()
-        a, b, y_a, y_b, lse, mean, weight, alone = ctx.saved_tensors
-        g = g.masked_fill(alone, 0)
-        if ctx.variant == "out":
-            grad_a, grad_b = _lse_grad(a, b, None, None, ctx.own, ctx.mirror, lse, g[None])
-            grad_a -= g[:, None] * mean
-            grad_b -= _positive_sums(a * (g / weight)[:, None], y_a, y_b, ctx.own)
-        else:
-            grad_a, grad_b = _lse_grad(a, b, y_a, y_b, ctx.own, ctx.mirror, lse, torch.stack([g, -g]))
-        if ctx.mirror:
-            grad_a, grad_b = grad_a + grad_b, None
-        return None, grad_a, None, grad_b, None, None
+def _positives(y, b, y_b, own):
+    """The weighed sums of the rows P(i) (M, D); of their weights, |P(i)| for labels (M,); whether there are none (M,)."""
+    wide = torch.float32 if b.device.type == "mps" else torch.float64  # thousands of rows are added up
+    rows = b.to(wide)
+    if y.ndim == 2:
+        y, y_b = y.to(wide), y_b.to(wide)
+        sums, weight, of_itself = y @ (y_b.T @ rows), y @ y_b.sum(0), y.square().sum(1)
+    else:
+        y, y_b = y + 0, y_b + 0  # booleans become numbers
+        known = y_b.sort().values
+        first, mine = torch.searchsorted(known, y_b), torch.searchsorted(known, y).clamp(max=len(known) - 1)
+        sums = torch.zeros_like(rows).index_add_(0, first, rows)[mine]
+        weight = rows.new_zeros(len(rows)).index_add_(0, first, rows.new_ones(len(rows)))[mine] * (known[mine] == y)
+        of_itself = torch.ones_like(weight)
+    if own is not None:
+        sums = sums.addcmul_(of_itself[:, None], rows[own : own + len(y)], value=-1)
+        weight = weight - of_itself
+    alone = weight <= (1e-6 if wide == torch.float32 else 1e-12) * of_itself  # what rounding may leave
+    return sums.to(b.dtype), weight.masked_fill(alone, 1).to(b.dtype), alone
 
 
-def _tiles(a, b, y_a, y_b, own, mirror, mild):
-    """Yields (I, J, scores): a block of anchors, one of the contrast set, and their scores, -inf for j = own + i.
+def _tiles(a, b, y_a, y_b, own, mild):
+    """Yields (I, J, [scores]): a block of anchors, one of the contrast set, and their scores, -inf for j = own + i.
 
-    With labels a second matrix of scores follows, those of P(i), -inf for the rest; with class probabilities, all
-    of them weighed by the probabilities' product. If mild, it is exp of each. A mirror shows the tiles above the
-    diagonal alone.
+    With labels those of P(i) follow, -inf for the rest, weighed by w_ij. If mild, it is exp of each.
+    A mirror shows the tiles above the diagonal alone.
     """
-    for i in range(0, len(a), TILE):
-        for j in range(i if mirror else 0, len(b), TILE):
-            I, J = slice(i, i + TILE), slice(j, j + TILE)
+    mirror, size = b is None, TILE if a.device.type == "cpu" else 8 * TILE
+    b, y_b = (a, y_a) if mirror else (b, y_b)
+    for i in range(0, len(a), size):
+        for j in range(i if mirror else 0, len(b), size):
+            I, J = slice(i, i + size), slice(j, j + size)
             s = _fill(a[I] @ b[J].T, None if own is None else own + i - j, -torch.inf)
-            s = s.exp_() if mild else s
-            if y_a is None:
-                yield I, J, [s]
-            else:
-                w = y_a[I] @ y_b[J].T if y_a.ndim == 2 else (y_a[I, None] == y_b[J]).to(s.dtype)
-                yield I, J, [s, s * w if mild else s + _log(w)]
+            scores = [s.exp_() if mild else s]
+            if y_a is not None:
+                w = _weights(y_a[I], y_b[J])
+                scores += [s * w if mild else s + w.log()]
+            yield I, J, scores
 
 
 def _mild(a, b):
@@ -295,102 +250,88 @@ def _mild(a, b):
     return min(len(a), len(b)) > 0 and bool(a.square().sum(1).amax() * b.square().sum(1).amax() < 40**2)
 
 
-def _leaf(shape):
-    """Makes a function of tensors one node of a compiled graph, where tiles would unroll. `shape` makes its results."""
+def _leaf(fake):
+    """Runs a function of tensors without autocast, TF32 and bfloat16 products, whatever the surroundings say, and as
+    one node of a compiled graph, where tiles would unroll and such settings break it. fake makes its results' shapes."""
 
     def wrap(f):
-        op = torch.library.custom_op(f"supcon::{f.__name__}", f, mutates_args=())
-        op.register_fake(shape)
-        return lambda *args: (op if torch.compiler.is_compiling() else f)(*args)
+        @functools.wraps(f)
+        def exact(a, *rest):
+            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            lowered = [(b, b.fp32_precision) for b in backends if b.fp32_precision not in ("ieee", "none")]
+            if not lowered and not torch.is_autocast_enabled(a.device.type):
+                return f(a, *rest)
+            try:
+                for backend, _ in lowered:
+                    backend.fp32_precision = "ieee"
+                with torch.autocast(a.device.type, enabled=False):
+                    return f(a, *rest)
+            finally:
+                for backend, precision in lowered:
+                    backend.fp32_precision = precision
+
+        op = torch.library.custom_op(f"supcon::{f.__name__}", exact, mutates_args=())
+        op.register_fake(fake)
+        return lambda *args: (op if torch.compiler.is_compiling() else exact)(*args)
 
     return wrap
 
 
-@_leaf(lambda a, b, y_a, *rest: a.new_empty(1 if y_a is None else 2, len(a)))
-def _lse(a: Tensor, b: Tensor, y_a: Optional[Tensor], y_b: Optional[Tensor], own: Optional[int], mirror: bool) -> Tensor:
-    """log sum_j exp(s_ij) over A(i), and with labels over P(i) as well: (1 or 2, M); -inf where there is none."""
-    mild = _mild(a, b)
-    add = torch.add if mild else torch.logaddexp
-    total = a.new_full((1 if y_a is None else 2, len(a)), 0 if mild else -torch.inf)
-    with _full_precision(a.device):
-        for I, J, scores in _tiles(a, b, y_a, y_b, own, mirror, mild):
-            for lse, s in zip(total, scores):
-                fold = s.sum if mild else s.logsumexp
-                lse[I] = add(lse[I], fold(1))
-                if mirror and I != J:
-                    lse[J] = add(lse[J], fold(0))
-    return total.log_() if mild else total
-
-
-@_leaf(lambda a, b, *rest: (torch.empty_like(a), torch.empty_like(b)))
-def _lse_grad(
-    a: Tensor, b: Tensor, y_a: Optional[Tensor], y_b: Optional[Tensor], own: Optional[int], mirror: bool, lse: Tensor, g: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients in a and in b of sum_ki g_ki lse_ki; for a mirror, their sum is that in a."""
-    mild = _mild(a, b)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # no member, no weight
-    c = g * (-lse).exp() if mild else None
-    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
-    with _full_precision(a.device):
-        for I, J, scores in _tiles(a, b, y_a, y_b, own, mirror, mild):
-            twice = mirror and I != J  # s_ij = s_ji: g_i softmax_i(s)_j and g_j softmax_j(s)_i at once
-            for k, s in enumerate(scores):
-                if mild:
-                    part = s.mul_(c[k, I, None] + c[k, J] if twice else c[k, I, None])
-                else:
-                    part = (s - lse[k, I, None]).exp_().mul_(g[k, I, None])
-                    part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if twice else part
-                w = part if k == 0 else w.add_(part)
-            grad_a[I].addmm_(w, b[J])
-            grad_b[J].addmm_(w.T, a[I])
-    return grad_a, grad_b
-
-
-@_leaf(lambda x, y_x, y, own: x.new_empty(len(y), x.shape[1]))
-def _positive_sums(x: Tensor, y_x: Tensor, y: Tensor, own: Optional[int]) -> Tensor:
-    """Row i: the sum of w_ij x_j over all rows but its own; w_ij is 1 for one label, or the probabilities' product.
-
-    Of x and y the shorter one belongs to the anchors: its row k is row own + k of the longer.
-    """
-    wide = x if x.device.type == "mps" else x.double()  # thousands of rows are added up
-    if y.ndim == 2:
-        sums = y.to(wide.dtype) @ (y_x.to(wide.dtype).T @ wide)
-    else:
-        labels, index = torch.cat([y_x, y]).unique(return_inverse=True)
-        sums = wide.new_zeros(len(labels), x.shape[1]).index_add_(0, index[: len(x)], wide)[index[len(x) :]]
-    if own is not None:
-        mine, y_mine = (wide[own : own + len(y)], y) if len(y) < len(x) else (wide, y_x)
-        if y.ndim == 2:
-            mine = mine * y_mine.to(wide.dtype).square().sum(1, keepdim=True)
-        (sums if len(y) < len(x) else sums[own : own + len(x)]).sub_(mine)
-    return sums.to(x.dtype)
-
-
 @_leaf(lambda a, b: a.new_empty(len(a), b.shape[1]))
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    with _full_precision(a.device):
-        return a @ b
+    return a @ b
 
 
-def _full_precision(device):
-    """A context without autocast, TF32 and bfloat16 products on a CPU, whatever the surroundings say."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    lowered = [(backend, backend.fp32_precision) for backend in backends if backend.fp32_precision not in ("ieee", "none")]
-    if lowered or torch.is_autocast_enabled(device.type):
-        return _raised_precision(device, lowered)
-    return contextlib.nullcontext()
+@_leaf(lambda a, b, y_a, *rest: a.new_empty(1 if y_a is None else 2, len(a)))
+def _lse(a: Tensor, b: Optional[Tensor], y_a: Optional[Tensor], y_b: Optional[Tensor], own: Optional[int]) -> Tensor:
+    """log sum_j exp(s_ij) over A(i), and with labels over P(i) as well: (1 or 2, M); -inf where there is none."""
+    mild = _mild(a, a if b is None else b)
+    lse = a.new_full((1 if y_a is None else 2, len(a)), -torch.inf)
+    for I, J, scores in _tiles(a, b, y_a, y_b, own, mild):
+        for lse_k, s in zip(lse, scores):
+            lse_k[I] = torch.logaddexp(lse_k[I], s.sum(1).log() if mild else s.logsumexp(1))
+            if b is None and I != J:
+                lse_k[J] = torch.logaddexp(lse_k[J], s.sum(0).log() if mild else s.logsumexp(0))
+    return lse
 
 
-@contextlib.contextmanager
-def _raised_precision(device, lowered):
-    try:
-        for backend, _ in lowered:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in lowered:
-            backend.fp32_precision = precision
+@_leaf(lambda a, b, *rest: [torch.empty_like(x) for x in (a, b) if x is not None])
+def _lse_grad(
+    a: Tensor, b: Optional[Tensor], y_a: Optional[Tensor], y_b: Optional[Tensor], own: Optional[int], lse: Tensor, g: Tensor
+) -> list[Tensor]:
+    """The gradients of sum_ki g_ki lse_ki in a and, if there is one, in b."""
+    mild = _mild(a, a if b is None else b)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # no member, no weight
+    c = g * (-lse).exp()
+    grads = [torch.zeros_like(x) for x in (a, b) if x is not None]
+    for I, J, scores in _tiles(a, b, y_a, y_b, own, mild):
+        both = b is None and I != J  # s_ij = s_ji: g_i softmax_i(s)_j and g_j softmax_j(s)_i at once
+        for k, s in enumerate(scores):
+            if mild:
+                part = s.mul_(c[k, I, None] + c[k, J] if both else c[k, I, None])
+            else:
+                part = (s - lse[k, I, None]).exp_().mul_(g[k, I, None])
+                part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if both else part
+            w = part if k == 0 else w.add_(part)
+        grads[0][I].addmm_(w, (a if b is None else b)[J])
+        grads[-1][J].addmm_(w.T, a[I])
+    return grads
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        *tensors, ctx.own = inputs
+        lse = _lse(*inputs)
+        ctx.save_for_backward(*tensors, lse)
+        return lse
+
+    @staticmethod
+    def backward(ctx, g):
+        _first_derivative_only()
+        *tensors, lse = ctx.saved_tensors
+        grads = _lse_grad(*tensors, ctx.own, lse, g)
+        return *grads, *[None] * (5 - len(grads))
 
 
 def _first_derivative_only():
@@ -410,7 +351,7 @@ def n_pair(anchor, positive, *, reduction="mean"):
     if positive.shape != anchor.shape:
         raise ValueError(f"positive must be {tuple(anchor.shape)} like anchor, got {tuple(positive.shape)}")
     pair = torch.arange(len(anchor), device=anchor.device)
-    return _reduce(*_anchors("out", anchor, pair, 1.0, positive, pair.clone(), None), reduction)
+    return _reduce(*_anchors("out", anchor, pair, 1.0, positive, pair, None), reduction)
 
 
 def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"):
@@ -423,22 +364,21 @@ def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"
     """
     _check(z, y)
     _check_word("mining", mining, ("all", "hard", "semihard"))
-    if len(z) == 0:
-        return _reduce(z.sum(1), y > 0, reduction)
     p, n = _positives_negatives(y)
     valid = p.any(1) & n.any(1)
     d = _squared_distances(z)
-    hinge = _softplus if soft else F.relu
-    if mining == "hard":
+    hinge = (lambda u: torch.logaddexp(u, torch.zeros_like(u))) if soft else F.relu  # F.softplus turns linear
+    if len(z) == 0:
+        loss = z.sum(1)
+    elif mining == "hard":
         farthest = d.masked_fill(~p, -torch.inf).amax(1)
         nearest = d.masked_fill(~n, torch.inf).amin(1)
         loss = hinge(torch.where(valid, farthest - nearest, 0) + margin)
     elif mining == "semihard":
-        d_n = _semihard_negatives(d, n)
-        loss = (hinge(d - d_n + margin) * _rows_to_one(p, d.dtype)).sum(1)
+        loss = (hinge(d - _semihard_negatives(d, n) + margin) * _rows_to_one(p, d.dtype)).sum(1)
     else:
         loss = _mean_over_triplets(d, p, n, margin, hinge)
-    return _reduce(torch.where(valid, loss, 0), valid, reduction)
+    return _reduce(loss, valid, reduction)
 
 
 def _semihard_negatives(d, n):
@@ -451,22 +391,15 @@ def _semihard_negatives(d, n):
 
 def _mean_over_triplets(d, p, n, margin, hinge):
     """Mean over P(i) x N(i), one positive of every anchor at a time: N^2 numbers in memory, not N^3."""
-    count = p.sum(1)
-    d_p = d.gather(1, p.int().argsort(dim=1, descending=True, stable=True))  # the positives of each row first
+    count = p.sum(1, keepdim=True)
     w = _rows_to_one(n, d.dtype)
+    d_p = d.gather(1, p.int().argsort(dim=1, descending=True, stable=True))  # the positives of each row first
 
-    def kth_positive(k, d_p, d):
-        return torch.where(k < count, (hinge(d_p[:, k, None] - d + margin) * w).sum(1), 0)
+    def of_kth_positive(k, d_p, d):
+        return (torch.where(k < count, hinge(d_p[:, k, None] - d + margin), 0) * w).sum(1)
 
-    total = kth_positive(0, d_p, d)
-    for k in range(1, max(count.tolist())):
-        total = total + checkpoint(kth_positive, k, d_p, d, use_reentrant=False)
-    return total / count.clamp(min=1)
-
-
-def _softplus(u):
-    """log(1 + e^u), exact where torch's own turns linear."""
-    return torch.logaddexp(u, torch.zeros_like(u))
+    parts = (checkpoint(of_kth_positive, k, d_p, d, use_reentrant=False) for k in range(max(1, count.max())))
+    return sum(parts) / count.squeeze(1).clamp(min=1)
 
 
 def max_margin(z, y, margin=1.0, *, reduction="mean"):
@@ -480,7 +413,7 @@ def max_margin(z, y, margin=1.0, *, reduction="mean"):
     D = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")  # its gradient at D = 0 is 0
     pair = torch.where(p, D.square() / 2, 0) + torch.where(n, F.relu(margin - D).square() / 2, 0)
     loss = pair.sum(1) / max(len(z) - 1, 1)
-    return _reduce(torch.where(p.any(1), loss, 0), p.any(1), reduction)
+    return _reduce(loss, p.any(1), reduction)
 
 
 # ---------------------------------------------------------------- Wang & Liu: what the temperature does
@@ -490,9 +423,8 @@ def hard_contrastive(z, tau, k, *, views=2, reduction="mean"):
     """L_hard (B eq. 9): NT-Xent in which each anchor keeps only the k negatives nearest to it."""
     _check(z, tau=tau, views=views)
     p, n = _positives_negatives(_image_index(z, views))
-    n = _nearest_negatives(_scores(z.detach()), n, k)
-    z, scale = _rows_and_scale(z, tau)
-    return _reduce(*_Dense.apply("out", z, None, p, ~(p | n), scale), reduction)
+    s = _scores(z, tau)
+    return _reduce(*_dense("out", s.masked_fill(~(p | _nearest_negatives(s, n, k)), ABSENT), p), reduction)
 
 
 def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
@@ -500,10 +432,9 @@ def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
     _check(z, views=views)
     p, n = _positives_negatives(_image_index(z, views))
     s = _scores(z)
-    if k is not None:
-        n = _nearest_negatives(s, n, k)
+    n = n if k is None else _nearest_negatives(s, n, k)
     loss = -(_rows_to_one(p, s.dtype) * s).sum(1) + lam * (n * s).sum(1)
-    return _reduce(torch.where(p.any(1), loss, 0), p.any(1), reduction)
+    return _reduce(loss, p.any(1), reduction)
 
 
 def uniformity(z, t=2):
@@ -512,8 +443,8 @@ def uniformity(z, t=2):
     N = len(z)
     if N < 2:
         raise ValueError(f"uniformity needs a pair of rows, got {N}")
-    d = (-t * _squared_distances(z)).masked_fill(~_others(z), -torch.inf)
-    return d.flatten().logsumexp(0) - math.log(N * (N - 1))
+    d = _squared_distances(z)
+    return _fill(-t * d, 0, -torch.inf).flatten().logsumexp(0) - math.log(N * (N - 1))
 
 
 def alignment(z, *, views=2):
@@ -546,19 +477,15 @@ def supcon_sharded(z, y, tau=0.1, *, queue=None, variant="out"):
     all ranks. Without a process group this is the loss of one process.
     """
     _check_word("variant", variant, ("out", "in"))
-    _check(z, y, tau=tau, probabilities=True)
+    _check(z, y, tau, soft=True)
+    if queue is None and _world_size() == 1:
+        return _reduce(*_anchors(variant, z, y, tau), "mean")
+    y = y if y.is_floating_point() else y.long()  # what every backend can gather
+    contrast, y_contrast, own = all_gather_rows(z), all_gather_rows(y), _rows_of_ranks(z)[0]
     if queue is not None:
         _check_contrast(z, y, *queue)
-    if not y.is_floating_point():
-        y = y.long()  # what every backend can gather
-    contrast = ()  # one process: its rows are their own contrast set
-    if queue is not None or _world_size() > 1:
-        start, N = _place(z)
-        contrast, y_contrast = _gather(z, start, N), _gather(y, start, N)
-        if queue is not None:
-            contrast, y_contrast = torch.cat([contrast, queue[0]]), torch.cat([y_contrast, queue[1]])
-        contrast = contrast, y_contrast, start
-    return global_mean(*_anchors(variant, z, y, tau, *contrast))
+        contrast, y_contrast = torch.cat([contrast, queue[0]]), torch.cat([y_contrast, queue[1]])
+    return global_mean(*_anchors(variant, z, y, tau, contrast, y_contrast, own))
 
 
 def global_mean(values, valid):
@@ -580,25 +507,22 @@ def all_gather_rows(z):
     global gradient after DistributedDataParallel's averaging: the backward sums W equal gradients, DDP divides.
     Shards may be unequal or empty. Without a process group the rows are z's.
     """
-    return _gather(z, *_place(z))
+    before, after = _rows_of_ranks(z)
+    return _AllReduce.apply(torch.cat([z.new_zeros(before, *z.shape[1:]), z, z.new_zeros(after, *z.shape[1:])]))
 
 
-def _gather(z, start, N):
-    return _AllReduce.apply(torch.cat([z.new_zeros(start, *z.shape[1:]), z, z.new_zeros(N - start - len(z), *z.shape[1:])]))
+def _rows_of_ranks(z):
+    """The numbers of rows that the ranks before this one have, and the ranks after it."""
+    if _world_size() == 1:
+        return 0, 0
+    rows = torch.zeros(_world_size(), dtype=torch.long, device=z.device)
+    rows[dist.get_rank()] = len(z)
+    rows = _AllReduce.apply(rows).tolist()
+    return sum(rows[: dist.get_rank()]), sum(rows[dist.get_rank() + 1 :])
 
 
 def _world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _place(z):
-    """(the place of this rank's first row among the rows of all ranks, their number)."""
-    if _world_size() == 1:
-        return 0, len(z)
-    rows = torch.zeros(_world_size(), dtype=torch.long, device=z.device)
-    rows[dist.get_rank()] = len(z)
-    rows = _AllReduce.apply(rows).tolist()
-    return sum(rows[: dist.get_rank()]), sum(rows)
 
 
 class _AllReduce(torch.autograd.Function):
@@ -620,20 +544,25 @@ class _AllReduce(torch.autograd.Function):
 
 
 class _Scores(torch.autograd.Function):
+    """a_i . b_j (M, N), ABSENT for j = own + i, in full precision both ways; no b: a_i . a_j."""
+
     @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return _product(z, z.T)
+    def forward(ctx, a, b, own):
+        ctx.save_for_backward(a, b)
+        return _fill(_product(a, (a if b is None else b).T), own, ABSENT)
 
     @staticmethod
     def backward(ctx, g):
         _first_derivative_only()
-        return _product(g + g.T, *ctx.saved_tensors)
+        a, b = ctx.saved_tensors
+        if b is None:
+            return _product(g + g.T, a), None, None
+        return _product(g, b), _product(g.T, a), None
 
 
-def _scores(z):
-    """s_ij = z_i . z_j, (N, N), in float32 or wider."""
-    return _Scores.apply(_widen(z))
+def _scores(z, tau=1.0, own=None):
+    """s_ij/tau, (N, N), in float32 or wider."""
+    return _Scores.apply(_over_root(z, tau), None, own)
 
 
 def _squared_distances(z):
@@ -643,34 +572,32 @@ def _squared_distances(z):
     return (sq[:, None] + sq - 2 * s).clamp(min=0)
 
 
+def _over_root(z, tau):
+    """z / sqrt(tau), whose products are s_ij/tau: so a tensor tau gets its gradient."""
+    z = _widen(z)
+    return z / (tau.to(z.dtype).sqrt() if isinstance(tau, Tensor) else math.sqrt(tau))
+
+
 def _widen(z):
     return z if z.dtype in (torch.float32, torch.float64) else z.float()
 
 
-def _rows_and_scale(z, tau):
-    """(rows, scale) with s_ij/tau = scale * (row i . row j); a tensor tau goes into the rows, for its gradient."""
-    z = _widen(z)
-    return (z / tau.to(z.dtype).sqrt(), 1.0) if isinstance(tau, Tensor) else (z, 1 / tau)
-
-
-def _fill(s, excluded, value):
-    """s (M, N) with `value` in the excluded places: True in a matrix, or j = own + i, or none if own is None."""
-    if isinstance(excluded, Tensor):
-        return s.masked_fill_(excluded, value)
-    if excluded is not None:
-        s.diagonal(excluded).fill_(value)
+def _fill(s, own, value):
+    """s (M, N) with `value` where j = own + i; nowhere if own is None."""
+    if own is not None:
+        s.diagonal(own).fill_(value)
     return s
-
-
-def _others(z):
-    """A(i) as row i of a boolean (N, N)."""
-    return ~torch.eye(len(z), dtype=torch.bool, device=z.device)
 
 
 def _positives_negatives(y):
     """P(i) and N(i) as the rows of two boolean (N, N)."""
-    same = y[:, None] == y
-    return same & _others(y), ~same
+    same = _weights(y, y)
+    return _fill(same.clone(), 0, False), ~same
+
+
+def _weights(y, y_b):
+    """w_ij (M, N): whether the labels are one, or the inner product of the class probabilities."""
+    return y[:, None] == y_b if y.ndim == 1 else _product(y, y_b.T)
 
 
 def _image_index(z, views):
@@ -685,35 +612,31 @@ def _nearest_negatives(s, n, k):
     return n & torch.zeros_like(n).scatter(1, top, True)
 
 
-def _log(w):
-    """log w, -inf for 0 (which log itself is slow at)."""
-    return w.clamp(min=torch.finfo(w.dtype).tiny).log().masked_fill(w == 0, -torch.inf)
-
-
 def _rows_to_one(w, dtype):
     """Weights, or a boolean choice, of each row divided by their sum; a row of zeros stays zero."""
     return w / w.sum(1, keepdim=True, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
 
 
 def _reduce(loss, valid, reduction):
+    """The mean over the valid rows, 0 if there is none; or every row's value, 0 for the others."""
     _check_word("reduction", reduction, ("mean", "none"))
-    return loss if reduction == "none" else loss.sum() / valid.sum().clamp_(min=1)
+    loss = torch.where(valid, loss, 0)
+    return loss if reduction == "none" else loss.sum() / valid.sum().clamp(min=1)
 
 
-def _check(z, y=None, *, tau=1.0, views=1, probabilities=False):
+def _check(z, y=None, tau=1.0, views=1, soft=False):
     if z.ndim != 2:
         raise ValueError(f"z must be (N, D), got {tuple(z.shape)}")
-    if y is not None and not isinstance(y, Tensor):
-        raise ValueError(f"y must be a tensor, got {type(y).__name__}")
-    if y is not None and (y.ndim not in (1, 1 + probabilities) or len(y) != len(z) or y.shape[1:] == (1,)):
-        raise ValueError(f"y must have one label for each row of z {tuple(z.shape)}, got {tuple(y.shape)}")
+    shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+    if y is not None and (isinstance(shape, str) or len(shape) not in (1, 1 + soft) or len(y) != len(z) or shape[1:] == (1,)):
+        raise ValueError(f"y must be a tensor with one label for each row of z {tuple(z.shape)}, got {shape}")
     if views < 1 or len(z) % views:
         raise ValueError(f"the rows of z must be a multiple of views >= 1, got {len(z)} rows and views = {views}")
     _check_tau(tau)
 
 
 def _check_contrast(z, y, contrast, y_contrast):
-    _check(contrast, y_contrast, probabilities=True)
+    _check(contrast, y_contrast, soft=True)
     kinds = y.is_floating_point(), y_contrast.is_floating_point()
     if contrast.shape[1] != z.shape[1] or y_contrast.shape[1:] != y.shape[1:] or kinds[0] != kinds[1]:
         shapes = [f"{x.dtype} {tuple(x.shape)}" for x in (contrast, y_contrast, z, y)]

@@ -16,39 +16,35 @@ PROJECT = Path(__file__).resolve().parent.parent
 SUITES = ("tests/test_losses.py", "tests/test_theory.py", "tests/test_tiles.py")
 
 MISTAKES = [
-    ("drop the 1/|P|", "w = _rows_to_one(w, s.dtype)", "w = w.to(s.dtype)"),
-    ("keep self in A(i)", "_Dense.apply(variant, a, b, _fill(w, own, 0), own, scale)", "_Dense.apply(variant, a, b, _fill(w, own, 0), None, scale)"),
-    (
-        "0/1 mask after the maximum",
-        "        log_p = _fill(s, excluded, -torch.inf).log_softmax(1)",
-        "        s = s - s.amax(1, keepdim=True)\n"
-        "        log_p = _fill(s - _fill(s.exp(), excluded, 0).sum(1, keepdim=True).log(), excluded, -torch.inf)",
-    ),
-    ("wrong sign of the contrasts' gradient", "_product(G + G.T, a)", "_product(G - G.T, a)"),
+    ("drop the 1/|P|", "loss = -(w * log_ratio).sum(1) / weight", "loss = -(w * log_ratio).sum(1)"),
+    ("keep self in A(i)", "_Scores.apply(a, b, own), _fill(", "_Scores.apply(a, b, None), _fill("),
+    ("no maximum before exp", "log_ratio = s.log_softmax(1)", "log_ratio = s - s.exp().sum(1, keepdim=True).log()"),
+    ("wrong sign of the contrasts' gradient", "_product(g + g.T, a)", "_product(g - g.T, a)"),
     ("swap L_in and L_out", "def nt_xent(z,", "supcon_out, supcon_in = supcon_in, supcon_out\n\n\ndef nt_xent(z,"),
-    (
-        "forget log|P| in L_in",
-        "return -weighed.logsumexp(1)",
-        "return -log_ratio.masked_fill(w == 0, -torch.inf).logsumexp(1)",
-    ),
-    ("detach the contrasts", "_product(G + G.T, a)", "_product(G, a)"),
+    ("forget log|P| in L_in", "loss = weight.log() - (w * (weighed", "loss = -(w * (weighed"),
+    ("L_in: X of all rows, not of P(i)", "log_X = weighed.log_softmax(1)", "log_X = log_ratio.log_softmax(1)"),
+    ("detach the contrasts", "_product(g + g.T, a)", "_product(g, a)"),
+    ("another set: its gradient", "return _product(g, b), _product(g.T, a), None", "return _product(g, b), 0 * b, None"),
     (
         "last view off by one image",
         "return torch.arange(len(z) // views, device=z.device).repeat(views)",
         "image = torch.arange(len(z) // views, device=z.device)\n"
         "    return torch.cat([image.repeat(views - 1), image.roll(1)])",
     ),
-    ("mean over all anchors", "loss.sum() / valid.sum().clamp_(min=1)", "loss.sum() / max(len(loss), 1)"),
-    ("tau missing where it is a number", "else (z, 1 / tau)", "else (z, 1.0)"),
+    ("mean over all anchors", "loss.sum() / valid.sum().clamp(min=1)", "loss.sum() / max(len(loss), 1)"),
+    ("a lone anchor counts", "loss = torch.where(valid, loss, 0)\n    return", "return"),
+    ("an anchor without negatives counts", "valid = valid & n.any(1) if", "valid = valid if"),
+    ("tau missing where it is a number", "else math.sqrt(tau))", "else 1.0)"),
     ("tiles: self in A(i)", "None if own is None else own + i - j", "None"),
-    ("tiles: self in the sums of the classes", ".sub_(mine)", ".sub_(0 * mine)"),
-    ("tiles: the mirror's columns forgotten", "if mirror and I != J:", "if False:"),
-    ("tiles: the mirror's role forgotten", "c[k, I, None] + c[k, J] if twice else c[k, I, None]", "c[k, I, None]"),
-    ("tiles: the same at large scores", "part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if twice else part", "pass"),
+    ("tiles: self in the sums of the classes", "rows[own : own + len(y)], value=-1)", "rows[own : own + len(y)], value=0)"),
+    ("tiles: self in |P(i)|", "weight = weight - of_itself", "pass"),
+    ("tiles: a label that the contrast set lacks", " * (known[mine] == y)", ""),
+    ("tiles: the mirror's columns forgotten", "if b is None and I != J:", "if False:"),
+    ("tiles: the mirror's role forgotten", "c[k, I, None] + c[k, J] if both else c[k, I, None]", "c[k, I, None]"),
+    ("tiles: the same at large scores", "part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if both else part", "pass"),
     ("tiles: no maximum at large scores", "amax() < 40**2)", "amax() < 40**9)"),
-    ("tiles: a lone anchor's gradient", "g = g.masked_fill(alone, 0)", "pass"),
-    ("tiles: the mean's contrasts detached", "grad_b -= _positive_sums(", "_ = (a @ a[:1].T, "),
-    ("another set: its gradient in tiles", "grad_b[J].addmm_(w.T, a[I])", "grad_b[J].addmm_(w.T, a[I] if mirror else -a[I])"),
+    ("tiles: the mean's contrasts detached", "rows = b.to(wide)", "rows = b.detach().to(wide)"),
+    ("tiles: another set's gradient", "grads[-1][J].addmm_(w.T, a[I])", "grads[-1][J].addmm_(w.T, a[I] if b is None else -a[I])"),
 ]
 
 
