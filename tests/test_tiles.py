@@ -108,6 +108,20 @@ def test_anchors_against_another_set_are_the_oracles_with_gradients_on_both_side
         assert np.abs(grad.numpy() - exact).max() <= grad_bound(case, b, EPS[torch.float64])
 
 
+@pytest.mark.parametrize("size", [None, 2], ids=["dense", "tiles"])
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_an_anchor_whose_label_the_contrast_set_lacks_is_left_out(variant, size):
+    z, contrast = rows_of(7, 1, 4), rows_of(5, 1, 4, seed=1)
+    y, y_contrast = torch.tensor([0, 1, 2, 3, 4, 5, 6]), torch.tensor([1, 3, 3, 5, 5])
+    with tiles_of(size):
+        values = losses.supcon_against(z, y, contrast, y_contrast, variant=variant, reduction="none").numpy()
+        mean = losses.supcon_against(z, y, contrast, y_contrast, variant=variant).item()
+    exact = oracle.supcon_against(z.numpy(), y.numpy(), contrast.numpy(), y_contrast.numpy(), variant=variant, reduction="none")
+    assert (values[::2] == 0).all() and values[1::2].all()
+    np.testing.assert_allclose(values, exact, rtol=1e-12)
+    assert mean == pytest.approx(exact[1::2].mean(), rel=1e-12)
+
+
 def test_a_batch_is_itself_as_the_contrast_set():
     b = own.Batch(rows_of(20, 2, 5).numpy(), np.arange(40) % 20 % 3, 0.1, 2)
     z, y = torch.tensor(b.z), torch.tensor(b.y)
