@@ -17,13 +17,11 @@ are the equations. reduction="none" returns one value per row, 0 for a row that 
 
 Scores are float32 or wider, without autocast and TF32; a half or bfloat16 z gets its gradient in its own type
 (in float16 that underflows for large N: use a gradient scaler). tau may be a tensor and then gets its gradient;
-labels and class probabilities get none. Second derivatives of what is made of scores raise. Shapes and options that
-cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
+labels and class probabilities get none. What is made of scores has no second derivative: create_graph=True raises.
+Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
 """
 
-import functools
 import math
-from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -31,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ABSENT = torch.finfo(torch.float32).min  # a score that weighs nothing beside any other; 0 times -inf would be nan
+ABSENT = torch.finfo(torch.float32).min  # a score that weighs nothing beside others; 0 times -inf would be nan
 
 # ---------------------------------------------------------------- the supervised contrastive loss
 
@@ -41,7 +39,7 @@ def supcon_out(z, y, tau=0.1, *, denominator="all", positives_cap=None, views=2,
 
     z (N, D) features, taken as given; y (N,) labels, or (N, C > 1) class probabilities, which weigh a pair by
     their inner product; tau a positive number or tensor. D_ip is the sum of exp(s_ia/tau) over
-      "all"           P(i) and N(i), that is A(i): the paper; the one that holds no N x N matrix
+      "all"           P(i) and N(i), that is A(i): the paper; large batches hold no N x N matrix
       "one_positive"  p and N(i)
       "negatives"     N(i); an anchor without negatives is left out
     positives_cap keeps, beside the anchor's own other `views`, at most that many positives (lowest batch index
@@ -65,20 +63,21 @@ def nt_xent(z, tau=0.5, *, views=2, reduction="mean"):
     _check(z, views=views)
     return supcon_out(z, _image_index(z, views), tau, reduction=reduction)
 
-
 def _supcon(variant, z, y, tau, denominator, positives_cap, views):
     """(L_i of every row, whether it counts), each (N,)."""
     _check(z, y, tau, 1 if positives_cap is None else views, soft=True)
     _check_word("denominator", denominator, ("all", "one_positive", "negatives"))
     if denominator == "all" and positives_cap is None:
         return _anchors(variant, z, y, tau)
-    if y.ndim == 2:
-        raise ValueError("class probabilities y (N, C) go with denominator='all' and no positives_cap alone")
+    _require(y.ndim == 1, "class probabilities y (N, C) go with denominator='all' and no positives_cap alone")
     p, n = _positives_negatives(y)
     if positives_cap is not None:
-        p = _cap_positives(p, positives_cap, views)
+        fits = positives_cap >= 0 and positives_cap % views == 0
+        _require(fits, "positives_cap must be a multiple of views = {} and not negative, got {}", views, positives_cap)
+        image = _image_index(z, views)
+        others = (p & (image[:, None] != image)).unflatten(1, (views, -1))  # (N, V, n): each view, in batch order
+        p = p & (image[:, None] == image) | (others & (others.cumsum(2) <= positives_cap // views)).flatten(1)
     return _dense(variant, _scores(z, tau).masked_fill(~(p | n), ABSENT), p, denominator)
-
 
 def _dense(variant, s, w, denominator="all"):
     """(L_i of every anchor, whether it counts), each (M,), from all scores s_ij/tau (M, N): the equations as they are.
@@ -104,16 +103,6 @@ def _dense(variant, s, w, denominator="all"):
     return loss, valid
 
 
-def _cap_positives(p, cap, views):
-    """P(i) cut to the anchor's own views and the first cap / views other images of its class."""
-    if cap < 0 or cap % views:
-        raise ValueError(f"positives_cap must be a multiple of views = {views} and not negative, got {cap}")
-    image = _image_index(p, views)
-    own = image[:, None] == image
-    others = (p & ~own).unflatten(1, (views, -1))  # (N, V, n): each view of the other images, in batch order
-    return p & own | (others & (others.cumsum(2) <= cap // views)).flatten(1)
-
-
 def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", reduction="mean"):
     """L_out (or L_in, variant "in") of anchors against a contrast set of their own, a memory of rows for example.
 
@@ -124,8 +113,9 @@ def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="ou
     _check_word("variant", variant, ("out", "in"))
     _check(z, y, tau, soft=True)
     _check_contrast(z, y, contrast, y_contrast)
-    if own is not None and not (isinstance(own, int) and 0 <= own <= len(contrast) - len(z)):
-        raise ValueError(f"own must be a whole number in 0 ... {len(contrast) - len(z)}, got {own}")
+    last = len(contrast) - len(z)
+    fits = own is None or isinstance(own, int) and 0 <= own <= last
+    _require(fits, "own must be a whole number in 0 ... {}, got {}", last, own)
     return _reduce(*_anchors(variant, z, y, tau, contrast, y_contrast, own), reduction)
 
 
@@ -153,23 +143,19 @@ class SupConLoss(nn.Module):
         self.contrast_mode, self.variant, self.normalize = contrast_mode, variant, normalize
 
     def forward(self, features, labels=None, mask=None):
-        if features.ndim < 3:
-            raise ValueError(f"features must be (B, V, ...), got {tuple(features.shape)}")
-        if labels is not None and mask is not None:
-            raise ValueError("give labels or mask, not both")
+        _require(features.ndim > 2, "features must be (B, V, ...), got {}", features)
+        _require(labels is None or mask is None, "give labels or mask, not both")
         B, V = features.shape[:2]
         z = _widen(features.flatten(2).transpose(0, 1).flatten(0, 1))  # (V B, D), view by view
         z = F.normalize(z) if self.normalize else z
         M = B if self.contrast_mode == "one" else V * B  # the anchors come first in z
         if mask is not None:
-            if mask.shape != (B, B):
-                raise ValueError(f"mask must be ({B}, {B}), got {tuple(mask.shape)}")
+            _require(mask.shape == (B, B), "mask must be ({0}, {0}), got {1}", B, mask)
             s = _scores(z, self.temperature, own=0)
-            terms = _dense(self.variant, s[:M], _fill(mask.to(s).repeat(V, V), 0, 0)[:M])
+            terms = _dense(self.variant, s[:M], _fill(mask.detach().to(s).repeat(V, V), 0, 0)[:M])
         else:
             y = torch.arange(B, device=z.device) if labels is None else labels.reshape(-1).to(z.device)
-            if len(y) != B:
-                raise ValueError(f"labels must be ({B},) for features {tuple(features.shape)}, got {len(y)}")
+            _require(len(y) == B, "labels must be ({},) for features {}, got {}", B, features, y)
             y = y.repeat(V)
             terms = _anchors(self.variant, z[:M], y[:M], self.temperature, *(() if M == len(z) else (z, y)))
         factor = 1 if self.base_temperature is None else self.temperature / self.base_temperature
@@ -185,55 +171,55 @@ class SupConLoss(nn.Module):
 # needs no scores: it is z_i . c_i / tau, c_i the mean of the rows P(i), from the sums of the classes. Where the
 # anchors are the contrast set, s_ij = s_ji: a tile above the diagonal serves its rows and, as a mirror, its columns.
 
+SETS = "Tensor a, Tensor? b, Tensor? y_a, Tensor? y_b, SymInt? own"
 TILE = 512  # rows and columns of scores in memory at a time, eight times that on an accelerator
-DENSE = 512  # a batch that is no larger takes the dense form, which is faster there
-
+DENSE = 512  # up to DENSE x DENSE scores take the dense form, which is faster there
 
 def _anchors(variant, a, y_a, tau, b=None, y_b=None, own=0):
-    """As _dense, for anchors a against b, or themselves without one; anchor i is row own + i of b, if it is one."""
+    """As _dense, for anchors a against b, or themselves without b. Row own + i of b is anchor i; own None: no row is."""
     a = _over_root(a, tau)
     b = None if b is None else _over_root(b, tau).to(a.dtype)
     contrast, y_b = (a, y_a) if b is None else (b, y_b)
     if y_a.ndim == 2:
-        y_a, y_b = y_a.to(a.dtype), y_b.to(a.dtype)
+        y_a, y_b = y_a.detach().to(a.dtype), y_b.detach().to(a.dtype)
     if len(a) * len(contrast) <= DENSE**2:
         return _dense(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0))
     y_a, y_b = y_a.clone(), y_b.clone()  # a memory may move on before the backward
-    sums, weight, alone = _positives(y_a, contrast, y_b, own)
+    sums, weight, alone = _positives(y_a, contrast if variant == "out" else contrast[:, :0], y_b, own)
     lse = _LogSumExp.apply(a, b, *((None, None) if variant == "out" else (y_a, y_b)), own)
     loss = lse[0] - (a * sums).sum(1) / weight if variant == "out" else lse[0] - lse[1] + weight.log()
     return loss, ~alone
 
-
 def _positives(y, b, y_b, own):
-    """The weighed sums of the rows P(i) (M, D); of their weights, |P(i)| for labels (M,); whether there are none (M,)."""
+    """Sums over P(i): of the rows, weighed (M, D), and of the weights (M,), |P(i)| for labels; whether it is empty (M,)."""
     wide = torch.float32 if b.device.type == "mps" else torch.float64  # thousands of rows are added up
-    rows = b.to(wide)
+    rows = F.pad(b.to(wide), (0, 1), value=1)  # a last column of ones counts
     if y.ndim == 2:
         y, y_b = y.to(wide), y_b.to(wide)
-        sums, weight, of_itself = y @ (y_b.T @ rows), y @ y_b.sum(0), y.square().sum(1)
+        sums, itself = y @ (y_b.T @ rows), y.square().sum(1, keepdim=True)
     else:
-        y, y_b = y + 0, y_b + 0  # booleans become numbers
+        y, y_b = (x if x.is_floating_point() else x.long() for x in (y, y_b))
         known = y_b.sort().values
-        first, mine = torch.searchsorted(known, y_b), torch.searchsorted(known, y).clamp(max=len(known) - 1)
-        sums = torch.zeros_like(rows).index_add_(0, first, rows)[mine]
-        weight = rows.new_zeros(len(rows)).index_add_(0, first, rows.new_ones(len(rows)))[mine] * (known[mine] == y)
-        of_itself = torch.ones_like(weight)
+        first, mine = (torch.searchsorted(known, x).clamp(max=len(known) - 1) for x in (y_b, y))
+        sums = torch.zeros_like(rows).index_add_(0, first, rows)[mine].mul_((known[mine] == y)[:, None])
+        itself = rows.new_ones(1)
     if own is not None:
-        sums = sums.addcmul_(of_itself[:, None], rows[own : own + len(y)], value=-1)
-        weight = weight - of_itself
-    alone = weight <= (1e-6 if wide == torch.float32 else 1e-12) * of_itself  # what rounding may leave
+        sums = sums.addcmul_(itself, rows[own : own + len(y)], value=-1)
+    rounding = 0 if own is None else (1e-6 if wide == torch.float32 else 1e-12) * itself
+    sums, weight, alone = sums[:, :-1], sums[:, -1], (sums[:, -1:] <= rounding).squeeze(1)
     return sums.to(b.dtype), weight.masked_fill(alone, 1).to(b.dtype), alone
 
+def _tiles(a, b, y_a, y_b, own):
+    """Yields (I, J, both, mild, [scores]): blocks of anchors and of the contrast set, their s_ij, -inf for j = own + i.
 
-def _tiles(a, b, y_a, y_b, own, mild):
-    """Yields (I, J, [scores]): a block of anchors, one of the contrast set, and their scores, -inf for j = own + i.
-
-    With labels those of P(i) follow, -inf for the rest, weighed by w_ij. If mild, it is exp of each.
-    A mirror shows the tiles above the diagonal alone.
+    With labels the scores of P(i) follow, weighed by w_ij, -inf for the rest. both: the tile, off the diagonal of a
+    mirror, stands for its transpose too. mild: |s_ij| < 40 by Cauchy and Schwarz, so exp can be added up without
+    taking a maximum off; then exp of the scores is what is given.
     """
     mirror, size = b is None, TILE if a.device.type == "cpu" else 8 * TILE
     b, y_b = (a, y_a) if mirror else (b, y_b)
+    largest = [x.square().sum(1).amax() for x in (a, b) if len(x)]
+    mild = len(largest) == 2 and (own is not None or y_a is None or y_a.ndim == 1) and bool(largest[0] * largest[1] < 40**2)
     for i in range(0, len(a), size):
         for j in range(i if mirror else 0, len(b), size):
             I, J = slice(i, i + size), slice(j, j + size)
@@ -242,20 +228,14 @@ def _tiles(a, b, y_a, y_b, own, mild):
             if y_a is not None:
                 w = _weights(y_a[I], y_b[J])
                 scores += [s * w if mild else s + w.log()]
-            yield I, J, scores
+            yield I, J, mirror and i < j, mild, scores
 
-
-def _mild(a, b):
-    """Whether |s_ij| < 40 by Cauchy and Schwarz: exp(s_ij) can then be added up without taking a maximum off."""
-    return min(len(a), len(b)) > 0 and bool(a.square().sum(1).amax() * b.square().sum(1).amax() < 40**2)
-
-
-def _leaf(fake):
-    """Runs a function of tensors without autocast, TF32 and bfloat16 products, whatever the surroundings say, and as
-    one node of a compiled graph, where tiles would unroll and such settings break it. fake makes its results' shapes."""
+def _leaf(schema, fake):
+    """Runs a function of tensors without autocast, TF32 and bfloat16 products, whatever the surroundings say (the last
+    two for the whole process meanwhile), and as one node of a compiled graph, where tiles would unroll. fake makes its
+    results' shapes."""
 
     def wrap(f):
-        @functools.wraps(f)
         def exact(a, *rest):
             backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
             lowered = [(b, b.fp32_precision) for b in backends if b.fp32_precision not in ("ieee", "none")]
@@ -268,45 +248,40 @@ def _leaf(fake):
                     return f(a, *rest)
             finally:
                 for backend, precision in lowered:
-                    backend.fp32_precision = precision
+                    backend.fp32_precision = "none"  # what it inherits, which may have been its value
+                    if backend.fp32_precision != precision:
+                        backend.fp32_precision = precision
 
-        op = torch.library.custom_op(f"supcon::{f.__name__}", exact, mutates_args=())
+        name = f"supcon_{__name__.replace('.', '_')}::{f.__name__}"  # another copy of this file has ops of its own
+        unsafe = torch.Tag.cudagraph_unsafe  # tiles look at the size of the scores
+        op = torch.library.custom_op(name, exact, mutates_args=(), schema=schema, tags=(unsafe,))
         op.register_fake(fake)
         return lambda *args: (op if torch.compiler.is_compiling() else exact)(*args)
 
     return wrap
 
-
-@_leaf(lambda a, b: a.new_empty(len(a), b.shape[1]))
-def _product(a: Tensor, b: Tensor) -> Tensor:
+@_leaf("(Tensor a, Tensor b) -> Tensor", lambda a, b: a.new_empty(len(a), b.shape[1]))
+def _product(a, b):
     return a @ b
 
-
-@_leaf(lambda a, b, y_a, *rest: a.new_empty(1 if y_a is None else 2, len(a)))
-def _lse(a: Tensor, b: Optional[Tensor], y_a: Optional[Tensor], y_b: Optional[Tensor], own: Optional[int]) -> Tensor:
+@_leaf(f"({SETS}) -> Tensor", lambda a, b, y_a, *rest: a.new_empty(1 if y_a is None else 2, len(a)))
+def _lse(a, b, y_a, y_b, own):
     """log sum_j exp(s_ij) over A(i), and with labels over P(i) as well: (1 or 2, M); -inf where there is none."""
-    mild = _mild(a, a if b is None else b)
     lse = a.new_full((1 if y_a is None else 2, len(a)), -torch.inf)
-    for I, J, scores in _tiles(a, b, y_a, y_b, own, mild):
+    for I, J, both, mild, scores in _tiles(a, b, y_a, y_b, own):
         for lse_k, s in zip(lse, scores):
-            lse_k[I] = torch.logaddexp(lse_k[I], s.sum(1).log() if mild else s.logsumexp(1))
-            if b is None and I != J:
-                lse_k[J] = torch.logaddexp(lse_k[J], s.sum(0).log() if mild else s.logsumexp(0))
+            for K, axis in ((I, 1), (J, 0)) if both else ((I, 1),):
+                lse_k[K] = torch.logaddexp(lse_k[K], s.sum(axis).log() if mild else s.logsumexp(axis))
     return lse
 
-
-@_leaf(lambda a, b, *rest: [torch.empty_like(x) for x in (a, b) if x is not None])
-def _lse_grad(
-    a: Tensor, b: Optional[Tensor], y_a: Optional[Tensor], y_b: Optional[Tensor], own: Optional[int], lse: Tensor, g: Tensor
-) -> list[Tensor]:
+@_leaf(f"({SETS}, Tensor lse, Tensor g) -> Tensor[]", lambda a, b, *_: [torch.empty_like(x) for x in (a, b) if x is not None])
+def _lse_grad(a, b, y_a, y_b, own, lse, g):
     """The gradients of sum_ki g_ki lse_ki in a and, if there is one, in b."""
-    mild = _mild(a, a if b is None else b)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # no member, no weight
+    lse = lse.masked_fill(g == 0, torch.inf)  # -inf or far below where an anchor is left out, and 0 * inf is nan
     c = g * (-lse).exp()
     grads = [torch.zeros_like(x) for x in (a, b) if x is not None]
-    for I, J, scores in _tiles(a, b, y_a, y_b, own, mild):
-        both = b is None and I != J  # s_ij = s_ji: g_i softmax_i(s)_j and g_j softmax_j(s)_i at once
-        for k, s in enumerate(scores):
+    for I, J, both, mild, scores in _tiles(a, b, y_a, y_b, own):
+        for k, s in enumerate(scores):  # both: s_ij = s_ji, so g_i softmax_i(s)_j and g_j softmax_j(s)_i at once
             if mild:
                 part = s.mul_(c[k, I, None] + c[k, J] if both else c[k, I, None])
             else:
@@ -316,7 +291,6 @@ def _lse_grad(
         grads[0][I].addmm_(w, (a if b is None else b)[J])
         grads[-1][J].addmm_(w.T, a[I])
     return grads
-
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
@@ -333,7 +307,6 @@ class _LogSumExp(torch.autograd.Function):
         grads = _lse_grad(*tensors, ctx.own, lse, g)
         return *grads, *[None] * (5 - len(grads))
 
-
 def _first_derivative_only():
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("the losses have no second derivative: differentiate them without create_graph=True")
@@ -348,8 +321,7 @@ def n_pair(anchor, positive, *, reduction="mean"):
     anchor, positive (M, D): row i of both shows two images of one class, another class in each row.
     """
     _check(anchor)
-    if positive.shape != anchor.shape:
-        raise ValueError(f"positive must be {tuple(anchor.shape)} like anchor, got {tuple(positive.shape)}")
+    _require(positive.shape == anchor.shape, "positive must be {} like anchor, got {}", anchor, positive)
     pair = torch.arange(len(anchor), device=anchor.device)
     return _reduce(*_anchors("out", anchor, pair, 1.0, positive, pair, None), reduction)
 
@@ -375,31 +347,20 @@ def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"
         nearest = d.masked_fill(~n, torch.inf).amin(1)
         loss = hinge(torch.where(valid, farthest - nearest, 0) + margin)
     elif mining == "semihard":
-        loss = (hinge(d - _semihard_negatives(d, n) + margin) * _rows_to_one(p, d.dtype)).sum(1)
-    else:
-        loss = _mean_over_triplets(d, p, n, margin, hinge)
+        d_n, order = d.masked_fill(~n, torch.inf).sort(1)  # the negatives of each row, nearest first
+        beyond = torch.searchsorted(d_n.detach(), d.detach().contiguous(), right=True)
+        chosen = torch.minimum(beyond, n.sum(1, keepdim=True) - 1).clamp(min=0)
+        loss = (hinge(d - d.gather(1, order.gather(1, chosen)) + margin) * _rows_to_one(p, d.dtype)).sum(1)
+    else:  # one positive of every anchor at a time: N^2 numbers in memory, not N^3
+        count, w = p.sum(1, keepdim=True), _rows_to_one(n, d.dtype)
+        d_p = d.gather(1, p.int().argsort(dim=1, descending=True, stable=True))  # the positives of each row first
+
+        def of_kth_positive(k, d_p, d):
+            return (torch.where(k < count, hinge(d_p[:, k, None] - d + margin), 0) * w).sum(1)
+
+        parts = (checkpoint(of_kth_positive, k, d_p, d, use_reentrant=False) for k in range(max(1, count.max())))
+        loss = sum(parts) / count.squeeze(1).clamp(min=1)
     return _reduce(loss, valid, reduction)
-
-
-def _semihard_negatives(d, n):
-    """(N, N): for the pair (a, p) the distance of the nearest negative beyond p, else of the farthest negative."""
-    d_n, order = d.masked_fill(~n, torch.inf).sort(1)  # the negatives of each row, nearest first
-    last = n.sum(1, keepdim=True) - 1
-    beyond = torch.searchsorted(d_n.detach(), d.detach().contiguous(), right=True)
-    return d.gather(1, order.gather(1, torch.minimum(beyond, last).clamp(min=0)))
-
-
-def _mean_over_triplets(d, p, n, margin, hinge):
-    """Mean over P(i) x N(i), one positive of every anchor at a time: N^2 numbers in memory, not N^3."""
-    count = p.sum(1, keepdim=True)
-    w = _rows_to_one(n, d.dtype)
-    d_p = d.gather(1, p.int().argsort(dim=1, descending=True, stable=True))  # the positives of each row first
-
-    def of_kth_positive(k, d_p, d):
-        return (torch.where(k < count, hinge(d_p[:, k, None] - d + margin), 0) * w).sum(1)
-
-    parts = (checkpoint(of_kth_positive, k, d_p, d, use_reentrant=False) for k in range(max(1, count.max())))
-    return sum(parts) / count.squeeze(1).clamp(min=1)
 
 
 def max_margin(z, y, margin=1.0, *, reduction="mean"):
@@ -441,16 +402,13 @@ def uniformity(z, t=2):
     """Wang & Isola 2020 (B eq. 10): log of the mean over pairs i != j of exp(-t ||z_i - z_j||^2)."""
     _check(z)
     N = len(z)
-    if N < 2:
-        raise ValueError(f"uniformity needs a pair of rows, got {N}")
-    d = _squared_distances(z)
-    return _fill(-t * d, 0, -torch.inf).flatten().logsumexp(0) - math.log(N * (N - 1))
+    _require(N > 1, "uniformity needs a pair of rows, got {}", N)
+    return _fill(-t * _squared_distances(z), 0, -torch.inf).flatten().logsumexp(0) - math.log(N * (N - 1))
 
 
 def alignment(z, *, views=2):
     """Wang & Isola 2020: the mean over images and pairs of their views of ||z_i - z_p||^2."""
-    if views < 2:
-        raise ValueError(f"alignment needs views >= 2, got {views}")
+    _require(views > 1, "alignment needs views >= 2, got {}", views)
     _check(z, views=views)
     v = _widen(z).unflatten(0, (views, -1))  # (V, n, D)
     first, second = torch.triu_indices(views, views, 1)
@@ -459,7 +417,7 @@ def alignment(z, *, views=2):
 
 
 def tolerance(z, y):
-    """B eq. 11 given the class: the mean of s_ij over all pairs i != j of one label; 0 if there is none."""
+    """B eq. 11 over the pairs of one label: the mean of s_ij over all i != j with y_i = y_j; 0 if there is none."""
     _check(z, y)
     p, _ = _positives_negatives(y)
     return (p * _scores(z)).sum() / p.sum().clamp(min=1)
@@ -469,7 +427,7 @@ def tolerance(z, y):
 
 
 def supcon_sharded(z, y, tau=0.1, *, queue=None, variant="out"):
-    """L_out or L_in of the rows of all ranks. Each rank gives its own (n_r, D) rows and labels, and scores them alone
+    """L_out or L_in of the rows of all ranks. Each rank gives its own (n_r, D) rows and labels, and scores only these
     against everybody's: the value is the global one on every rank, and after DistributedDataParallel's averaging so
     is the gradient, for unequal and empty shards too.
 
@@ -480,8 +438,7 @@ def supcon_sharded(z, y, tau=0.1, *, queue=None, variant="out"):
     _check(z, y, tau, soft=True)
     if queue is None and _world_size() == 1:
         return _reduce(*_anchors(variant, z, y, tau), "mean")
-    y = y if y.is_floating_point() else y.long()  # what every backend can gather
-    contrast, y_contrast, own = all_gather_rows(z), all_gather_rows(y), _rows_of_ranks(z)[0]
+    (contrast, own), (y_contrast, _) = _gather(z), _gather(y)
     if queue is not None:
         _check_contrast(z, y, *queue)
         contrast, y_contrast = torch.cat([contrast, queue[0]]), torch.cat([y_contrast, queue[1]])
@@ -494,8 +451,8 @@ def global_mean(values, valid):
     Exact under DistributedDataParallel's averaging where shards are unequal and a mean of local means is not: what
     is added to a loss, a cross-entropy head for one, needs it as well.
     """
-    if valid.shape != values.shape or valid.dtype != torch.bool:
-        raise ValueError(f"valid must be boolean {tuple(values.shape)}, got {valid.dtype} {tuple(valid.shape)}")
+    fits = valid.shape == values.shape and valid.dtype == torch.bool
+    _require(fits, "valid must be boolean {}, got {} {}", values, valid.dtype, valid)
     total, count = torch.where(valid, _widen(values), 0).sum(), valid.sum()
     return _AllReduce.apply(total) / _AllReduce.apply(count).clamp(min=1)
 
@@ -507,30 +464,26 @@ def all_gather_rows(z):
     global gradient after DistributedDataParallel's averaging: the backward sums W equal gradients, DDP divides.
     Shards may be unequal or empty. Without a process group the rows are z's.
     """
-    before, after = _rows_of_ranks(z)
-    return _AllReduce.apply(torch.cat([z.new_zeros(before, *z.shape[1:]), z, z.new_zeros(after, *z.shape[1:])]))
+    return _gather(z)[0]
 
-
-def _rows_of_ranks(z):
-    """The numbers of rows that the ranks before this one have, and the ranks after it."""
+def _gather(z):
+    """The rows of all ranks, and how many of them come before this rank's."""
     if _world_size() == 1:
-        return 0, 0
-    rows = torch.zeros(_world_size(), dtype=torch.long, device=z.device)
-    rows[dist.get_rank()] = len(z)
-    rows = _AllReduce.apply(rows).tolist()
-    return sum(rows[: dist.get_rank()]), sum(rows[dist.get_rank() + 1 :])
-
+        return z, 0
+    z, rank = z if z.is_floating_point() else z.long(), dist.get_rank()  # what every backend can add up
+    rows = _AllReduce.apply(F.one_hot(torch.tensor(rank, device=z.device), _world_size()) * len(z)).tolist()
+    before, after = sum(rows[:rank]), sum(rows[rank + 1 :])
+    return _AllReduce.apply(F.pad(z, (0, 0) * (z.ndim - 1) + (before, after))), before
 
 def _world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
 
 class _AllReduce(torch.autograd.Function):
     """The sum over the ranks; its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)  # all_reduce adds up memory, whatever its strides
         if _world_size() > 1:
             dist.all_reduce(x)
         return x
@@ -541,7 +494,6 @@ class _AllReduce(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------- sets, scores and reductions
-
 
 class _Scores(torch.autograd.Function):
     """a_i . b_j (M, N), ABSENT for j = own + i, in full precision both ways; no b: a_i . a_j."""
@@ -559,28 +511,24 @@ class _Scores(torch.autograd.Function):
             return _product(g + g.T, a), None, None
         return _product(g, b), _product(g.T, a), None
 
-
 def _scores(z, tau=1.0, own=None):
     """s_ij/tau, (N, N), in float32 or wider."""
     return _Scores.apply(_over_root(z, tau), None, own)
 
-
 def _squared_distances(z):
     """||z_i - z_j||^2, (N, N), never below zero, and zero on the diagonal."""
-    s = _scores(z)
+    z = _widen(z)
+    s = _scores(z - z.mean(0))  # of rows far from the origin the products would cancel
     sq = s.diagonal()
     return (sq[:, None] + sq - 2 * s).clamp(min=0)
-
 
 def _over_root(z, tau):
     """z / sqrt(tau), whose products are s_ij/tau: so a tensor tau gets its gradient."""
     z = _widen(z)
     return z / (tau.to(z.dtype).sqrt() if isinstance(tau, Tensor) else math.sqrt(tau))
 
-
 def _widen(z):
     return z if z.dtype in (torch.float32, torch.float64) else z.float()
-
 
 def _fill(s, own, value):
     """s (M, N) with `value` where j = own + i; nowhere if own is None."""
@@ -588,34 +536,27 @@ def _fill(s, own, value):
         s.diagonal(own).fill_(value)
     return s
 
-
 def _positives_negatives(y):
     """P(i) and N(i) as the rows of two boolean (N, N)."""
     same = _weights(y, y)
     return _fill(same.clone(), 0, False), ~same
 
-
 def _weights(y, y_b):
     """w_ij (M, N): whether the labels are one, or the inner product of the class probabilities."""
     return y[:, None] == y_b if y.ndim == 1 else _product(y, y_b.T)
 
-
 def _image_index(z, views):
     return torch.arange(len(z) // views, device=z.device).repeat(views)
 
-
 def _nearest_negatives(s, n, k):
     """N(i) cut to the k rows of the largest s."""
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    _require(k > 0, "k must be at least 1, got {}", k)
     top = s.detach().masked_fill(~n, -torch.inf).topk(min(k, len(s)), dim=1).indices
     return n & torch.zeros_like(n).scatter(1, top, True)
-
 
 def _rows_to_one(w, dtype):
     """Weights, or a boolean choice, of each row divided by their sum; a row of zeros stays zero."""
     return w / w.sum(1, keepdim=True, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
-
 
 def _reduce(loss, valid, reduction):
     """The mean over the valid rows, 0 if there is none; or every row's value, 0 for the others."""
@@ -623,34 +564,30 @@ def _reduce(loss, valid, reduction):
     loss = torch.where(valid, loss, 0)
     return loss if reduction == "none" else loss.sum() / valid.sum().clamp(min=1)
 
-
 def _check(z, y=None, tau=1.0, views=1, soft=False):
-    if z.ndim != 2:
-        raise ValueError(f"z must be (N, D), got {tuple(z.shape)}")
-    shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-    if y is not None and (isinstance(shape, str) or len(shape) not in (1, 1 + soft) or len(y) != len(z) or shape[1:] == (1,)):
-        raise ValueError(f"y must be a tensor with one label for each row of z {tuple(z.shape)}, got {shape}")
-    if views < 1 or len(z) % views:
-        raise ValueError(f"the rows of z must be a multiple of views >= 1, got {len(z)} rows and views = {views}")
+    _require(z.ndim == 2, "z must be (N, D), got {}", z)
+    if y is not None:
+        fits = isinstance(y, Tensor) and y.ndim in (1, 1 + soft) and len(y) == len(z) and y.shape[1:] != (1,)
+        got = y if isinstance(y, Tensor) else type(y).__name__
+        _require(fits, "y must be a tensor with one label for each row of z {}, got {}", z, got)
+    _require(views > 0 and len(z) % views == 0, "the rows of z {} must be a multiple of views >= 1, got views = {}", z, views)
     _check_tau(tau)
-
 
 def _check_contrast(z, y, contrast, y_contrast):
     _check(contrast, y_contrast, soft=True)
     kinds = y.is_floating_point(), y_contrast.is_floating_point()
-    if contrast.shape[1] != z.shape[1] or y_contrast.shape[1:] != y.shape[1:] or kinds[0] != kinds[1]:
-        shapes = [f"{x.dtype} {tuple(x.shape)}" for x in (contrast, y_contrast, z, y)]
-        raise ValueError("contrast {}, its labels {} do not go with z {}, y {}".format(*shapes))
-
+    fits = contrast.shape[1] == z.shape[1] and y_contrast.shape[1:] == y.shape[1:] and kinds[0] == kinds[1]
+    labels = y_contrast.dtype, y_contrast, y.dtype, y
+    _require(fits, "contrast {} does not go with z {}, or labels {} {} with {} {}", contrast, z, *labels)
 
 def _check_tau(tau):
-    if isinstance(tau, Tensor):  # its value is not read: that would break compilation
-        if tau.ndim:
-            raise ValueError(f"a tensor tau must have no axis, got {tuple(tau.shape)}")
-    elif not tau > 0:
-        raise ValueError(f"tau must be positive, got {tau}")
-
+    fits = tau.ndim == 0 if isinstance(tau, Tensor) else tau > 0  # a tensor's value is not read: that would break compilation
+    _require(fits, "tau must be a positive number, or a tensor without an axis, got {}", tau)
 
 def _check_word(name, word, words):
-    if word not in words:
-        raise ValueError(f"{name} must be one of {', '.join(words)}, got {word!r}")
+    _require(word in words, "{} must be one of {}, got {!r}", name, words, word)
+
+def _require(condition, message, *values):
+    """Raises ValueError with the message, in which a tensor stands as its shape."""
+    if not condition:
+        raise ValueError(message.format(*(tuple(v.shape) if isinstance(v, Tensor) else v for v in values)))

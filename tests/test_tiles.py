@@ -3,6 +3,8 @@
 Tests that set the tiles' size do so below any batch here, so that every batch takes several tiles.
 """
 import contextlib
+import importlib.util
+import math
 
 import numpy as np
 import pytest
@@ -342,6 +344,97 @@ def test_a_memory_may_move_on_before_the_backward(size):
                 labels[:4] = 5
             grads.append(torch.autograd.grad(loss, anchors)[0])
     assert torch.equal(*grads)
+
+
+def test_probabilities_that_barely_overlap_give_a_finite_gradient():
+    """The first two rows overlap by 1e-24, far below what float32 class sums can tell from nothing."""
+    z = 1.9 * torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, 1]])
+    y = torch.tensor([[1, 0, 0], [1e-24, 1, 0], [0, 0, 1], [0, 0, 1]])
+    for loss in (losses.supcon_out, losses.supcon_in):
+        x = z.clone().requires_grad_()
+        with tiles_of(3):
+            assert torch.autograd.grad(loss(x, y), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("overlap", [1e-15, 1e-30])
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_the_smallest_overlap_counts_where_no_row_is_an_anchors_own(variant, overlap):
+    z, a, b = rows_of(12, 1, 4), torch.tensor([[1.0, 0.0]]), torch.tensor([[overlap, 1 - overlap]])
+    a, b = (y.double().expand(12, 2) for y in (a, b))
+    exact = oracle.supcon_against(z.numpy(), a.numpy(), z.numpy(), b.numpy(), variant=variant)
+    for size in (None, 3):
+        with tiles_of(size):
+            assert losses.supcon_against(z, a, z, b, variant=variant).item() == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [None, 3], ids=["dense", "tiles"])
+def test_class_probabilities_get_no_gradient(size):
+    z, y = rows_of(8, 1, 4).requires_grad_(), torch.full((8, 3), 1 / 3, dtype=torch.double, requires_grad=True)
+    with tiles_of(size):
+        for loss in (losses.supcon_out, losses.supcon_in):
+            assert torch.autograd.grad(loss(z, y), [z, y], allow_unused=True)[1] is None
+            torch._dynamo.reset()
+            torch.compile(loss, fullgraph=True, backend="aot_eager")(z, y).backward()
+    mask = torch.eye(8, requires_grad=True)
+    assert not torch.autograd.grad(losses.SupConLoss()(z.unflatten(0, (8, 1)).expand(8, 2, 4), mask=mask), mask, allow_unused=True)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.half, torch.float32], ids=str)
+def test_labels_of_any_type_in_both_forms(dtype):
+    z, y = rows_of(12, 1, 4), torch.arange(12) % 2
+    for size in (None, 3):
+        with tiles_of(size):
+            for loss in (losses.supcon_out, losses.supcon_in):
+                assert loss(z, y.to(dtype)).item() == loss(z, y).item()
+
+
+def test_a_label_that_is_not_a_number_has_no_positives():
+    z, y = rows_of(10, 1, 4), torch.arange(10.0) % 3
+    y[3] = math.nan
+    values = []
+    for size in (None, 3):
+        with tiles_of(size):
+            values.append(losses.supcon_out(z, y, reduction="none"))
+    assert values[0][3] == values[1][3] == 0
+    torch.testing.assert_close(*values)
+
+
+def test_an_inherited_precision_stays_inherited():
+    z, y = rows_of(8, 2, 4).float(), torch.arange(16) % 3
+    backends = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [b.fp32_precision for b in backends]
+    try:
+        for b, precision in zip(backends, ("tf32", "none", "none")):
+            b.fp32_precision = precision
+        losses.supcon_out(z, y)
+        assert [b.fp32_precision for b in backends] == ["tf32"] * 3
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        for b, precision in zip(backends, before):
+            b.fp32_precision = precision
+
+
+def test_two_copies_in_one_process_keep_apart_when_compiled():
+    z, y, copies = rows_of(8, 1, 4), torch.arange(8) % 3, []
+    for name in ("copy_a", "copy_b"):
+        spec = importlib.util.spec_from_file_location(name, losses.__file__)
+        copies.append(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(copies[-1])
+        copies[-1].DENSE = 0
+    copies[1]._tiles = None
+    torch._dynamo.reset()
+    value = torch.compile(copies[0].supcon_out, fullgraph=True, backend="aot_eager")(z, y)
+    torch.testing.assert_close(value, losses.supcon_out(z, y))
+
+
+def test_distances_of_rows_far_from_the_origin_are_those_near_it():
+    near, y = 0.05 * rows_of(12, 1, 16), torch.arange(12) % 3
+    far = 100 + near
+    near = far - 100  # what rounding has left of it
+    assert losses.uniformity(far.float()).item() == pytest.approx(losses.uniformity(near).item(), abs=1e-4)
+    value = losses.triplet(near, y, 0.01).item()
+    assert value > 0 and losses.triplet(far, y, 0.01).item() == pytest.approx(value, rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
