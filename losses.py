@@ -84,9 +84,10 @@ def _dense(variant, s, w, denominator="all"):
 
     w_ij >= 0 weighs j as a positive of i, 1 for one label and 0 for another. What A(i) does not hold is ABSENT in s.
     """
-    weight = w.sum(1, dtype=s.dtype)  # |P(i)|
+    labels, w = w.dtype == torch.bool, w.to(s.dtype)
+    weight = w.sum(1)  # |P(i)|
     valid = weight > 0
-    weight = weight.clamp(min=torch.finfo(s.dtype).tiny)
+    weight = weight.clamp_(min=torch.finfo(s.dtype).tiny)
     if denominator == "all":
         log_ratio = s.log_softmax(1)
     else:
@@ -95,9 +96,9 @@ def _dense(variant, s, w, denominator="all"):
         log_ratio = s - (log_n if denominator == "negatives" else torch.logaddexp(s, log_n))
         valid = valid & n.any(1) if denominator == "negatives" else valid
     if variant == "out":
-        loss = -(w * log_ratio).sum(1) / weight
+        loss = (w * log_ratio).sum(1) / -weight
     else:
-        weighed = (log_ratio if w.dtype == torch.bool else log_ratio + w.log()).masked_fill(w == 0, ABSENT)
+        weighed = (log_ratio if labels else log_ratio + w.log()).masked_fill(w == 0, ABSENT)
         log_X = weighed.log_softmax(1)  # X_ip of A eq. 5: at every p, weighed - log_X is the log of the sum
         loss = weight.log() - (w * (weighed - log_X)).sum(1) / weight
     return loss, valid
@@ -214,7 +215,7 @@ def _tiles(a, b, y_a, y_b, own):
 
     With labels the scores of P(i) follow, weighed by w_ij, -inf for the rest. both: the tile, off the diagonal of a
     mirror, stands for its transpose too. mild: |s_ij| < 40 by Cauchy and Schwarz, so exp can be added up without
-    taking a maximum off; then exp of the scores is what is given.
+    taking a maximum off, and exp of the scores is given; not for probabilities without own rows, whose w_ij may vanish.
     """
     mirror, size = b is None, TILE if a.device.type == "cpu" else 8 * TILE
     b, y_b = (a, y_a) if mirror else (b, y_b)

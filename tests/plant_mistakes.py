@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 SUITES = ("tests/test_losses.py", "tests/test_theory.py", "tests/test_tiles.py")
 
 MISTAKES = [
-    ("drop the 1/|P|", "loss = -(w * log_ratio).sum(1) / weight", "loss = -(w * log_ratio).sum(1)"),
+    ("drop the 1/|P|", "loss = (w * log_ratio).sum(1) / -weight", "loss = -(w * log_ratio).sum(1)"),
     ("keep self in A(i)", "_Scores.apply(a, b, own), _fill(", "_Scores.apply(a, b, None), _fill("),
     ("no maximum before exp", "log_ratio = s.log_softmax(1)", "log_ratio = s - s.exp().sum(1, keepdim=True).log()"),
     ("wrong sign of the contrasts' gradient", "_product(g + g.T, a)", "_product(g - g.T, a)"),
