@@ -194,20 +194,20 @@ def _anchors(variant, a, y_a, tau, b=None, y_b=None, own=0):
 def _positives(y, b, y_b, own):
     """Sums over P(i): of the rows, weighed (M, D), and of the weights (M,), |P(i)| for labels; whether it is empty (M,)."""
     wide = torch.float32 if b.device.type == "mps" else torch.float64  # thousands of rows are added up
-    rows = F.pad(b.to(wide), (0, 1), value=1)  # a last column of ones counts
+    rows = b.to(wide)
     if y.ndim == 2:
         y, y_b = y.to(wide), y_b.to(wide)
-        sums, itself = y @ (y_b.T @ rows), y.square().sum(1, keepdim=True)
+        sums, weight, itself = y @ (y_b.T @ rows), y @ y_b.sum(0), y.square().sum(1)
     else:
         y, y_b = (x if x.is_floating_point() else x.long() for x in (y, y_b))
         known = y_b.sort().values
         first, mine = (torch.searchsorted(known, x).clamp(max=len(known) - 1) for x in (y_b, y))
-        sums = torch.zeros_like(rows).index_add_(0, first, rows)[mine].mul_((known[mine] == y)[:, None])
-        itself = rows.new_ones(1)
+        sums = torch.zeros_like(rows).index_add_(0, first, rows)[mine]
+        weight = rows.new_zeros(len(rows)).index_add_(0, first, rows.new_ones(len(rows)))[mine] * (known[mine] == y)
+        itself = torch.ones_like(weight)
     if own is not None:
-        sums = sums.addcmul_(itself, rows[own : own + len(y)], value=-1)
-    rounding = 0 if own is None else (1e-6 if wide == torch.float32 else 1e-12) * itself
-    sums, weight, alone = sums[:, :-1], sums[:, -1], (sums[:, -1:] <= rounding).squeeze(1)
+        sums, weight = sums.addcmul_(itself[:, None], rows[own : own + len(y)], value=-1), weight - itself
+    alone = weight <= (0 if own is None else (1e-6 if wide == torch.float32 else 1e-12) * itself)
     return sums.to(b.dtype), weight.masked_fill(alone, 1).to(b.dtype), alone
 
 def _tiles(a, b, y_a, y_b, own):
@@ -219,8 +219,8 @@ def _tiles(a, b, y_a, y_b, own):
     """
     mirror, size = b is None, TILE if a.device.type == "cpu" else 8 * TILE
     b, y_b = (a, y_a) if mirror else (b, y_b)
-    largest = [x.square().sum(1).amax() for x in (a, b) if len(x)]
-    mild = len(largest) == 2 and (own is not None or y_a is None or y_a.ndim == 1) and bool(largest[0] * largest[1] < 40**2)
+    longest = [x.norm(dim=1).amax() for x in (a, b) if len(x)]
+    mild = len(longest) == 2 and (own is not None or y_a is None or y_a.ndim == 1) and bool(longest[0] * longest[1] < 40)
     for i in range(0, len(a), size):
         for j in range(i if mirror else 0, len(b), size):
             I, J = slice(i, i + size), slice(j, j + size)
@@ -235,10 +235,10 @@ def _leaf(schema, fake):
     """Runs a function of tensors without autocast, TF32 and bfloat16 products, whatever the surroundings say (the last
     two for the whole process meanwhile), and as one node of a compiled graph, where tiles would unroll. fake makes its
     results' shapes."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
     def wrap(f):
         def exact(a, *rest):
-            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
             lowered = [(b, b.fp32_precision) for b in backends if b.fp32_precision not in ("ieee", "none")]
             if not lowered and not torch.is_autocast_enabled(a.device.type):
                 return f(a, *rest)
@@ -563,7 +563,7 @@ def _reduce(loss, valid, reduction):
     """The mean over the valid rows, 0 if there is none; or every row's value, 0 for the others."""
     _check_word("reduction", reduction, ("mean", "none"))
     loss = torch.where(valid, loss, 0)
-    return loss if reduction == "none" else loss.sum() / valid.sum().clamp(min=1)
+    return loss if reduction == "none" else loss.sum() / valid.count_nonzero().clamp(min=1)
 
 def _check(z, y=None, tau=1.0, views=1, soft=False):
     _require(z.ndim == 2, "z must be (N, D), got {}", z)
