@@ -172,7 +172,6 @@ class SupConLoss(nn.Module):
 # needs no scores: it is z_i . c_i / tau, c_i the mean of the rows P(i), from the sums of the classes. Where the
 # anchors are the contrast set, s_ij = s_ji: a tile above the diagonal serves its rows and, as a mirror, its columns.
 
-SETS = "Tensor a, Tensor? b, Tensor? y_a, Tensor? y_b, SymInt? own"
 TILE = 512  # rows and columns of scores in memory at a time, eight times that on an accelerator
 DENSE = 512  # up to DENSE x DENSE scores take the dense form, which is faster there
 
@@ -264,6 +263,8 @@ def _leaf(schema, fake):
 @_leaf("(Tensor a, Tensor b) -> Tensor", lambda a, b: a.new_empty(len(a), b.shape[1]))
 def _product(a, b):
     return a @ b
+
+SETS = "Tensor a, Tensor? b, Tensor? y_a, Tensor? y_b, SymInt? own"  # the anchors, their contrast set, the labels of both
 
 @_leaf(f"({SETS}) -> Tensor", lambda a, b, y_a, *rest: a.new_empty(1 if y_a is None else 2, len(a)))
 def _lse(a, b, y_a, y_b, own):
