@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
@@ -189,26 +190,34 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.matmul):
-            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-            self.seen.append((*(b.fp32_precision for b in backends), torch.is_autocast_enabled("cpu")))
+            backend = torch.backends.cuda if args[0].is_cuda else torch.backends.mkldnn
+            self.seen.append((backend.matmul.fp32_precision, torch.is_autocast_enabled(args[0].device.type)))
         return func(*args, **(kwargs or {}))
 
 
+without_driver = pytest.mark.skipif(torch.__version__ < "2.10", reason="tensors without numbers need a driver there")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=without_driver)])
 @pytest.mark.parametrize("loss", [
     lambda z, y: losses.supcon_out(z, y), lambda z, y: losses.supcon_in(z, y), lambda z, y: losses.triplet(z, y),
     lambda z, y: losses.supcon_out(z, y, denominator="negatives"), lambda z, y: losses.hard_contrastive(z, 0.1, 2),
 ], ids=["supcon_out", "supcon_in", "triplet", "negatives", "hard_contrastive"])
-def test_products_are_exact_whatever_the_surroundings_and_the_surroundings_stay(loss):
-    z, y = rows_of(8, 2, 4).float().requires_grad_(), torch.arange(16) % 8 % 3
+def test_products_are_exact_whatever_the_surroundings_and_the_surroundings_stay(loss, device):
+    """On "cuda" the tensors have shapes and no numbers, which needs no GPU, only the forward runs, and without autocast."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [b.fp32_precision for b in backends]
     try:
         torch.set_float32_matmul_precision("medium")
         lowered = [b.fp32_precision for b in backends]
-        with Products() as products, torch.autocast("cpu", torch.bfloat16):
-            loss(z, y).backward()
+        without_numbers = FakeTensorMode() if device == "cuda" else contextlib.nullcontext()
+        with without_numbers, Products() as products, torch.autocast("cpu", torch.bfloat16):
+            z = torch.randn(16, 4, device=device, requires_grad=device == "cpu")
+            value = loss(z, torch.arange(16, device=device) % 8 % 3)
+            if device == "cpu":
+                value.backward()
             assert [b.fp32_precision for b in backends] == lowered and torch.is_autocast_enabled("cpu")
-        assert len(products.seen) >= 2 and set(products.seen) == {("ieee", "ieee", False)}
+        assert len(products.seen) >= (2 if device == "cpu" else 1) and set(products.seen) == {("ieee", False)}
     finally:
         for backend, precision in zip(backends, before):
             backend.fp32_precision = precision
