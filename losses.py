@@ -202,12 +202,12 @@ def _tiles(a, b, y_a, y_b, own):
     b, y_b = (a, y_a) if mirror else (b, y_b)
     longest = [x.norm(dim=1).amax() for x in (a, b) if len(x)]
     mild = len(longest) == 2 and (own is not None or y_a is None or y_a.ndim == 1) and bool(longest[0] * longest[1] < 40)
-    if mild:  # exp2(s/log 2) is exp(s); torch's exp2 is several times as fast on a CPU
-        a, b = (x / math.log(2) ** 0.5 for x in (a, b))
     for i in range(0, len(a), size):
+        I = slice(i, i + size)
+        a_I = a[I] / math.log(2) if mild else a[I]  # exp2(s/log 2) is exp(s), and several times as fast on a CPU
         for j in range(i if mirror else 0, len(b), size):
-            I, J = slice(i, i + size), slice(j, j + size)
-            s = _fill(a[I] @ b[J].T, None if own is None else own + i - j, -torch.inf)
+            J = slice(j, j + size)
+            s = _fill(a_I @ b[J].T, None if own is None else own + i - j, -torch.inf)
             scores = [s.exp2_() if mild else s]
             if y_a is not None:
                 w = _weights(y_a[I], y_b[J])

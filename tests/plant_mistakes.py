@@ -40,7 +40,7 @@ MISTAKES = [
     ("tiles: self in the sums of the classes", "own : last + own], value=-1)", "own : last + own], value=0)"),
     ("tiles: self in the gradient of these sums", "None if ctx.own is None else -ctx.own", "None"),
     ("tiles: the roles of these sums in the gradient", "apply(g, y_b, y_a,", "apply(g, y_a, y_b,"),
-    ("tiles: exp2 for exp", "x / math.log(2) ** 0.5", "x / 1.0"),
+    ("tiles: exp2 for exp", "a[I] / math.log(2) if mild", "a[I] if mild"),
     ("tiles: the mirror's columns forgotten", "((I, 1), (J, 0)) if both else ((I, 1),)", "((I, 1),)"),
     ("tiles: the mirror's role forgotten", "c[k, I, None] + c[k, J] if both else c[k, I, None]", "c[k, I, None]"),
     ("tiles: the same at large scores", "part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if both else part", "pass"),
