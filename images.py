@@ -218,7 +218,7 @@ class ViewParameters(NamedTuple):
     flip: torch.Tensor  # (n,) bool
     jitter: torch.Tensor  # (n, 4) brightness, contrast, saturation factors and hue shift; (1, 1, 1, 0) does nothing
     gray: torch.Tensor  # (n,) bool
-    sigma: torch.Tensor  # (n,) of the blur in pixels; 0 for none
+    sigma: torch.Tensor  # (n,) of the blur in pixels; 0 for none, as for all images of up to 64 pixels
     order: list  # of the four jitters, one for the batch
 
 
@@ -259,7 +259,7 @@ def make_view(images, view, mean, std):
         x = jitters[j](x, view.jitter[:, j, None, None, None])
     if view.order:
         x = torch.where(view.gray[:, None, None, None], luma(x), x)
-    if view.sigma.any():
+    if view.order and x.shape[-1] > 64:  # a look at sigma would wait for the device
         x = torch.where(view.sigma[:, None, None, None] > 0, blur(x, view.sigma), x)
     return normalize(x, mean, std)
 

@@ -95,12 +95,13 @@ def _dense(variant, s, w, denominator="all"):
     weight = w.sum(1)  # |P(i)|
     valid = weight > 0
     weight = weight.where(valid, 1)
-    share = w / weight[:, None]
+    factor = w / -weight[:, None]  # -1/|P(i)| at the positives
     if variant == "out":
-        return -(share * log_ratio).sum(1), valid
-    log_e = log_ratio if labels else log_ratio + w.where(p, 1).log()
+        return (factor * log_ratio).sum(1), valid
+    log_e = log_ratio - weight.log()[:, None]
+    log_e = log_e if labels else log_e + w.where(p, 1).log()
     log_X = log_e.where(p, ABSENT).log_softmax(1)  # X_ip of A eq. 5: log_e - log_X is the log of the sum, at every p
-    return weight.log() - (share * (log_e - log_X)).sum(1), valid
+    return (factor * (log_e - log_X)).sum(1), valid
 
 
 def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", reduction="mean"):

@@ -115,6 +115,8 @@ def times(runs, budget):
     while any(len(values) < 3 and first[name] < budget for name, values in taken.items()) or time.perf_counter() - start < budget:
         for name, run in runs.items():
             if first[name] < budget:
+                if repeats[name] > 1:
+                    run()  # what ran before has left the caches cold, which is nothing beside a single long call
                 taken[name].append(seconds(run, repeats[name]))
     return {name: statistics.median(values) for name, values in taken.items()}
 

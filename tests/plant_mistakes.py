@@ -16,12 +16,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 SUITES = ("tests/test_losses.py", "tests/test_theory.py", "tests/test_tiles.py")
 
 MISTAKES = [
-    ("drop the 1/|P|", "share = w / weight[:, None]", "share = w"),
+    ("drop the 1/|P|", "factor = w / -weight[:, None]", "factor = -w"),
     ("keep self in A(i)", "_Scores.apply(a, b, own), _fill(", "_Scores.apply(a, b, None), _fill("),
     ("no maximum before exp", "log_ratio = s.log_softmax(1)", "log_ratio = s - s.exp().sum(1, keepdim=True).log()"),
     ("wrong sign of the contrasts' gradient", "_product(g + g.T, a)", "_product(g - g.T, a)"),
     ("swap L_in and L_out", "def nt_xent(z,", "supcon_out, supcon_in = supcon_in, supcon_out\n\n\ndef nt_xent(z,"),
-    ("forget log|P| in L_in", "return weight.log() - (share", "return -(share"),
+    ("forget log|P| in L_in", "log_e = log_ratio - weight.log()[:, None]", "log_e = log_ratio"),
     ("L_in: X of all rows, not of P(i)", "log_X = log_e.where(p, ABSENT)", "log_X = log_e"),
     ("detach the contrasts", "_product(g + g.T, a)", "_product(g, a)"),
     ("another set: its gradient", "return _product(g, b), _product(g.T, a), None", "return _product(g, b), 0 * b, None"),
