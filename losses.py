@@ -93,15 +93,14 @@ def _dense(variant, s, w, denominator="all"):
         w = w & n.any(1, keepdim=True) if denominator == "negatives" else w
     labels, p, w = w.dtype == torch.bool, w.bool(), w.to(s.dtype)
     weight = w.sum(1)  # |P(i)|
-    valid = weight > 0
+    valid = weight != 0
     weight = weight.where(valid, 1)
     factor = w / -weight[:, None]  # -1/|P(i)| at the positives
     if variant == "out":
         return (factor * log_ratio).sum(1), valid
-    log_e = log_ratio - weight.log()[:, None]
-    log_e = log_e if labels else log_e + w.where(p, 1).log()
+    log_e = log_ratio if labels else log_ratio + w.where(p, 1).log()
     log_X = log_e.where(p, ABSENT).log_softmax(1)  # X_ip of A eq. 5: log_e - log_X is the log of the sum, at every p
-    return (factor * (log_e - log_X)).sum(1), valid
+    return (factor * (log_e - log_X - weight.log()[:, None])).sum(1), valid
 
 
 def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", reduction="mean"):
@@ -186,7 +185,7 @@ def _anchors(variant, a, y_a, tau, b=None, y_b=None, own=0):
         return _dense(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0))
     y_a, y_b = y_a.clone(), y_b.clone()  # a memory may move on before the backward
     sums, weight = _PositiveSums.apply(contrast if variant == "out" else contrast[:, :0], y_a, y_b, own)
-    valid = weight > 0
+    valid = weight != 0
     weight = weight.where(valid, 1)
     lse = _LogSumExp.apply(a, b, *((None, None) if variant == "out" else (y_a, y_b)), own)
     loss = lse[0] - (a * sums).sum(1) / weight if variant == "out" else lse[0] - lse[1] + weight.log()
@@ -259,9 +258,12 @@ def _lse(a, b, y_a, y_b, own):
                 lse_k[K] = torch.logaddexp(lse_k[K], s.sum(axis).log() if mild else s.logsumexp(axis))
     return lse
 
-@_leaf(f"({SETS}, Tensor lse, Tensor g) -> Tensor[]", lambda a, b, *_: [torch.empty_like(x) for x in (a, b) if x is not None])
-def _lse_grad(a, b, y_a, y_b, own, lse, g):
-    """The gradients of sum_ki g_ki lse_ki in a and, if there is one, in b."""
+@_leaf(
+    f"({SETS}, Tensor lse, Tensor g, bool columns) -> Tensor[]",
+    lambda a, b, *_: [torch.empty_like(x) for x in (a, b) if x is not None],
+)
+def _lse_grad(a, b, y_a, y_b, own, lse, g, columns):
+    """The gradients of sum_ki g_ki lse_ki in a and, if there is one, in b (where the columns are wanted)."""
     lse = lse.masked_fill(g == 0, torch.inf)  # -inf or far below where an anchor is left out, and 0 * inf is nan
     c = g * (-lse).exp()
     grads = [torch.zeros_like(x) for x in (a, b) if x is not None]
@@ -274,7 +276,8 @@ def _lse_grad(a, b, y_a, y_b, own, lse, g):
                 part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if both else part
             w = part if k == 0 else w.add_(part)
         grads[0][I].addmm_(w, (a if b is None else b)[J])
-        grads[-1][J].addmm_(w.T, a[I])
+        if columns:
+            grads[-1][J].addmm_(w.T, a[I])
     return grads
 
 @_leaf(
@@ -282,7 +285,7 @@ def _lse_grad(a, b, y_a, y_b, own, lse, g):
     lambda rows, y_a, *_: [rows.new_empty(len(y_a), rows.shape[1]), rows.new_empty(len(y_a))],
 )
 def _positive_sums(rows, y_a, y_b, own):
-    """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i), from the sums of the classes; a negative own goes back."""
+    """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i), from the sums of the classes, less the pair of i with own + i."""
     wide = torch.float32 if rows.device.type == "mps" else torch.float64  # thousands of rows are added up
     rows_1 = F.pad(rows, (0, 1), value=1).to(wide)
     if y_a.ndim == 2:
@@ -295,7 +298,8 @@ def _positive_sums(rows, y_a, y_b, own):
         sums = rows_1.new_zeros(len(classes), rows_1.shape[1]).index_add_(0, theirs, rows_1)[mine]
     if own is not None:
         first, last = max(-own, 0), min(len(y_a), len(y_b) - own)
-        itself = y_a[first:last].square().sum(1, keepdim=True) if y_a.ndim == 2 else rows_1.new_ones(1, 1)
+        y_a, y_b = y_a[first:last], y_b[first + own : last + own]
+        itself = (y_a * y_b if y_a.ndim == 2 else y_a[:, None] == y_b[:, None]).sum(1, keepdim=True).to(wide)
         others = sums[first:last].addcmul_(itself, rows_1[first + own : last + own], value=-1)[:, -1:]
         others.masked_fill_(others <= (1e-6 if wide == torch.float32 else 1e-12) * itself, 0)  # what rounding leaves
     return [x.to(rows.dtype, copy=True) for x in (sums[:, :-1], sums[:, -1])]
@@ -312,7 +316,7 @@ class _PositiveSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _):
         y_a, y_b = ctx.saved_tensors
-        return _PositiveSums.apply(g, y_b, y_a, None if ctx.own is None else -ctx.own)[0], None, None, None
+        return _positive_sums(g, y_b, y_a, None if ctx.own is None else -ctx.own)[0], None, None, None
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
@@ -326,7 +330,8 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx, g):
         _first_derivative_only()
         *tensors, lse = ctx.saved_tensors
-        grads = _lse_grad(*tensors, ctx.own, lse, g)
+        columns = tensors[1] is None or ctx.needs_input_grad[1]
+        grads = _lse_grad(*tensors, ctx.own, lse, g, columns)
         return *grads, *[None] * (5 - len(grads))
 
 def _first_derivative_only():
@@ -529,7 +534,7 @@ class _Scores(torch.autograd.Function):
         a, b = ctx.saved_tensors
         if b is None:
             return _product(g + g.T, a), None, None
-        return _product(g, b), _product(g.T, a), None
+        return _product(g, b), _product(g.T, a) if ctx.needs_input_grad[1] else None, None
 
 def _scores(z, tau=1.0, own=None):
     """s_ij/tau, (N, N), in float32 or wider."""
@@ -545,7 +550,7 @@ def _squared_distances(z):
 def _over_root(z, tau):
     """z / sqrt(tau), whose products are s_ij/tau: so a tensor tau gets its gradient."""
     z = _widen(z)
-    return z * (tau.to(z.dtype) if isinstance(tau, Tensor) else tau) ** -0.5
+    return z * (tau.to(z.dtype) if isinstance(tau, Tensor) else float(tau)) ** -0.5
 
 def _widen(z):
     return z if z.dtype in (torch.float32, torch.float64) else z.float()
@@ -579,7 +584,7 @@ def _rows_to_one(w, dtype):
     return w / w.sum(1, keepdim=True, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
 
 def _reduce(loss, valid, reduction):
-    """The mean over the valid rows, 0 if there is none; or every row's value. The others' loss is 0."""
+    """The mean over the valid rows, 0 if there is none; or every row's value. The loss of the others is 0 already."""
     _check_word("reduction", reduction, ("mean", "none"))
     return loss if reduction == "none" else loss.sum() / valid.count_nonzero().clamp(min=1)
 
