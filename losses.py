@@ -285,7 +285,7 @@ def _lse_grad(a, b, y_a, y_b, own, lse, g, columns):
     lambda rows, y_a, *_: [rows.new_empty(len(y_a), rows.shape[1]), rows.new_empty(len(y_a))],
 )
 def _positive_sums(rows, y_a, y_b, own):
-    """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i), from the sums of the classes, less the pair of i with own + i."""
+    """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums of the classes, less the pair (i, own + i)."""
     wide = torch.float32 if rows.device.type == "mps" else torch.float64  # thousands of rows are added up
     rows_1 = F.pad(rows, (0, 1), value=1).to(wide)
     if y_a.ndim == 2:

@@ -7,9 +7,10 @@
 "textbook" is the loss as it is usually written: a mask matrix, the row maximum, exp, log, and autograd. Forms that hold
 N x N numbers are left out above --dense-rows. pytorch-metric-learning and lightly take part where they are installed.
 
-Times are medians of rounds in which every form runs in turn (what takes longer than --budget runs once). Each peak is taken in a process of its
-own, beyond the inputs. "of limit" is the share of the arithmetic limit: 2 N^2 D multiply-adds at the rate of a product
-of a 4096 x 4096 matrix with one of 4096 x D, measured before the rounds of each size.
+Times are medians of rounds in which every form runs in turn, short ones after a call that warms the caches (what takes
+longer than --budget runs once). Each peak is taken in a process of its own, beyond the inputs. "of limit" is the share
+of the arithmetic limit: 2 N^2 D multiply-adds at the rate of a product of a 4096 x 4096 matrix with one of 4096 x D,
+measured before the rounds of each size.
 """
 
 import json
