@@ -259,14 +259,14 @@ def _lse(a, b, y_a, y_b, own):
     return lse
 
 @_leaf(
-    f"({SETS}, Tensor lse, Tensor g, bool columns) -> Tensor[]",
-    lambda a, b, *_: [torch.empty_like(x) for x in (a, b) if x is not None],
+    f"({SETS}, Tensor lse, Tensor g, bool of_b) -> Tensor[]",
+    lambda a, b, *rest: [torch.empty_like(x) for x in (a, b)[: 1 + rest[-1]]],
 )
-def _lse_grad(a, b, y_a, y_b, own, lse, g, columns):
-    """The gradients of sum_ki g_ki lse_ki in a and, if there is one, in b (where the columns are wanted)."""
+def _lse_grad(a, b, y_a, y_b, own, lse, g, of_b):
+    """The gradients of sum_ki g_ki lse_ki in a and, if of_b, in b."""
     lse = lse.masked_fill(g == 0, torch.inf)  # -inf or far below where an anchor is left out, and 0 * inf is nan
     c = g * (-lse).exp()
-    grads = [torch.zeros_like(x) for x in (a, b) if x is not None]
+    grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
     for I, J, both, mild, scores in _tiles(a, b, y_a, y_b, own):
         for k, s in enumerate(scores):  # both: s_ij = s_ji, so g_i softmax_i(s)_j and g_j softmax_j(s)_i at once
             if mild:
@@ -276,7 +276,7 @@ def _lse_grad(a, b, y_a, y_b, own, lse, g, columns):
                 part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if both else part
             w = part if k == 0 else w.add_(part)
         grads[0][I].addmm_(w, (a if b is None else b)[J])
-        if columns:
+        if b is None or of_b:
             grads[-1][J].addmm_(w.T, a[I])
     return grads
 
@@ -330,8 +330,7 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx, g):
         _first_derivative_only()
         *tensors, lse = ctx.saved_tensors
-        columns = tensors[1] is None or ctx.needs_input_grad[1]
-        grads = _lse_grad(*tensors, ctx.own, lse, g, columns)
+        grads = _lse_grad(*tensors, ctx.own, lse, g, ctx.needs_input_grad[1])
         return *grads, *[None] * (5 - len(grads))
 
 def _first_derivative_only():

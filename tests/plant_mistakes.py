@@ -50,7 +50,7 @@ MISTAKES = [
     ("tiles: an anchor that is left out weighs", "masked_fill(g == 0, torch.inf)", "masked_fill(lse == -torch.inf, torch.inf)"),
     ("distances of rows as they lie", "_scores(z - z.mean(0))", "_scores(z)"),
     ("tiles: the mean's contrasts detached", "apply(contrast if", "apply(contrast.detach() if"),
-    ("tiles: which side wants a gradient", "or ctx.needs_input_grad[1]", "or ctx.needs_input_grad[0]"),
+    ("tiles: which side wants a gradient", "if b is None or of_b:", "if b is None:"),
     ("tiles: another set's gradient", "grads[-1][J].addmm_(w.T, a[I])", "grads[-1][J].addmm_(w.T, a[I] if b is None else -a[I])"),
 ]
 
