@@ -44,6 +44,7 @@ class Data(NamedTuple):
     files: list | None = None  # of a streamed folder, the path of every image
 
 
+SMALL = 64  # pixels; what is larger is blurred, and resized and given policies as ImageNet is
 SAMPLE = 10_000  # images that mean and standard deviation are measured on
 DATASETS = ("cifar10", "cifar100", "svhn", "fashionmnist", "folder", "shapes")
 MEAN_STD = {  # the reference code's; every other data set is measured
@@ -167,7 +168,7 @@ def to_size(image, size):
     or up to 64 pixels to `size` itself. An image of that size stays as it is."""
     if image.shape[-2:] == (size, size):
         return image
-    return TF.center_crop(TF.resize(image, size * 8 // 7 if size > 64 else size, antialias=True), size)
+    return TF.center_crop(TF.resize(image, size * 8 // 7 if size > SMALL else size, antialias=True), size)
 
 
 def resize(images, size):
@@ -243,7 +244,7 @@ def draw_view(n, size, augment, g, crop=True, crop_min=0.2, jitter=0.5):
     colours[uniform(0, 1) >= 0.8] = torch.tensor([1.0, 1.0, 1.0, 0.0])
     gray = uniform(0, 1) < 0.2
     order = torch.randperm(4, generator=g).tolist()
-    sigma = uniform(0.1, 2) * (uniform(0, 1) < 0.5) * (size > 64)
+    sigma = uniform(0.1, 2) * (uniform(0, 1) < 0.5) * (size > SMALL)
     if augment == "none" or not crop:
         box, flip = torch.tensor([0.0, 0.0, size, size]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
     if augment not in ("sim", "stacked-rand"):
@@ -259,7 +260,7 @@ def make_view(images, view, mean, std):
         x = jitters[j](x, view.jitter[:, j, None, None, None])
     if view.order:
         x = torch.where(view.gray[:, None, None, None], luma(x), x)
-    if view.order and x.shape[-1] > 64:  # a look at sigma would wait for the device
+    if view.order and x.shape[-1] > SMALL:  # a look at sigma would wait for the device
         x = torch.where(view.sigma[:, None, None, None] > 0, blur(x, view.sigma), x)
     return normalize(x, mean, std)
 
@@ -352,7 +353,7 @@ class WorkerViews(torch.utils.data.Dataset):
 
     def __init__(self, data, augment, crop_min=0.2):
         size = data.images.shape[-1]
-        policies = transforms.AutoAugmentPolicy.CIFAR10 if size <= 64 else transforms.AutoAugmentPolicy.IMAGENET
+        policies = transforms.AutoAugmentPolicy.CIFAR10 if size <= SMALL else transforms.AutoAugmentPolicy.IMAGENET
         crop = [transforms.RandomResizedCrop(size, scale=(crop_min, 1), antialias=True), transforms.RandomHorizontalFlip()]
         steps = {
             "none": [transforms.Lambda(functools.partial(to_size, size=size))],
