@@ -6,6 +6,7 @@ do not depend on how a batch falls to ranks, nor on whether a run was interrupte
 
 import functools
 import math
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -159,8 +160,12 @@ def mean_and_std(dataset, images):
     """Of each channel, for images in [0, 1]."""
     if dataset in MEAN_STD:
         return [torch.tensor(v) for v in MEAN_STD[dataset]]
-    pixels = images[:SAMPLE].float().div(255).transpose(0, 1).flatten(1)
-    return pixels.mean(1), pixels.std(1).clamp(min=1e-3)
+    value = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(images[:SAMPLE, c].flatten(), minlength=256) for c in range(3)])
+    share = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
+    mean = share @ value
+    std = (share * (value - mean[:, None]).square()).sum(1).sqrt()
+    return mean.float(), std.clamp(min=1e-3).float()
 
 
 def to_size(image, size):
@@ -359,7 +364,7 @@ class WorkerViews(torch.utils.data.Dataset):
             "none": [transforms.Lambda(functools.partial(to_size, size=size))],
             "auto": [*crop, transforms.AutoAugment(policies)],
             "rand": [*crop, transforms.RandAugment()],
-            "stacked-rand": [*crop, transforms.RandAugment()],
+            "stacked-rand": [*crop, transforms.RandAugment(magnitude=30)],  # the official code's 10 of 10
         }
         self.data, self.transform = data, transforms.Compose(steps.get(augment, crop))
 
@@ -371,9 +376,21 @@ class WorkerViews(torch.utils.data.Dataset):
 
 
 def worker_batches(views, batches, workers):
-    """An iterator of the uint8 batches of WorkerViews, one for each list of items (row, *key) in `batches`."""
+    """Yields the uint8 batches of WorkerViews, one for each list of items (row, *key) in `batches`.
+
+    Raises Refused where a worker is killed. Torch's own handler would raise wherever the process is, amid a step as well.
+    """
     context = {"multiprocessing_context": "fork", "prefetch_factor": 4} if workers else {}
-    return iter(torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, **context))
+    before = signal.getsignal(signal.SIGCHLD) if workers else None
+    source = iter(torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, **context))
+    if workers:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    try:
+        yield from source
+    except RuntimeError as e:
+        if not str(e).startswith("DataLoader worker"):
+            raise
+        raise Refused("a process that reads images was killed, for want of memory perhaps: lower --workers, or give /dev/shm more room") from e
 
 
 def mixed(x, labels, num_classes, how, alpha, g):

@@ -5,6 +5,7 @@ fill in the defaults that depend on the rest, and refuse what cannot work, in on
 every script of the project ends.
 """
 
+import errno
 import math
 import os
 import sys
@@ -17,7 +18,7 @@ from click.core import ParameterSource
 
 from images import DATASETS, POLICIES, Refused
 from recipes import LOSSES, PRESETS, describe
-from run_folder import newest_checkpoint
+from run_folder import newest_checkpoint, say
 
 # ---------------------------------------------------------------- every option
 
@@ -77,15 +78,15 @@ OPTIONS = [
     click.option("--optimizer", type=click.Choice(["sgd", "lars", "rmsprop"]), default="sgd", help="LARS leaves vectors without decay and adaptation."),
     click.option("--schedule", type=click.Choice(["cosine", "step", "exponential", "constant"]), default="cosine", help="cosine to lr/1000; step: x0.1 at 70, 80, 90 %; exponential: x0.97 every half epoch."),
     click.option("--warmup", type=NOT_NEGATIVE, show_default="10, at most a tenth of --epochs", help="Epochs of linear warm-up."),
-    click.option("--warmup-from", type=NOT_NEGATIVE, default=0.01, help="Learning rate at step 0."),
+    click.option("--warmup-from", type=NOT_NEGATIVE, show_default="0.01, at most --lr", help="Learning rate at step 0."),
     click.option("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="On all weights (LARS: not on vectors)."),
     click.option("--momentum", type=Finite(0, 1, max_open=True), default=0.9, help="The optimiser's."),
     click.option("--nesterov/--no-nesterov", default=False, help="Nesterov's momentum."),
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of weights, order and views."),
     click.option("--run-dir", "run", show_default="runs/DATASET-ARCH-LOSS-sSEED", help="Folder for log and checkpoint."),
-    click.option("--resume", metavar="RUN", help="Go on with the run in this folder; --epochs may extend it."),
+    click.option("--resume", metavar="RUN", help="Go on with the run in this folder; --epochs may extend it, and its schedule."),
     click.option("--device", show_default="cuda if there is one, else cpu", help="torch device."),
-    click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32", "float64"]), default="auto", help="auto: bfloat16 autocast where the hardware has it."),
+    click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32", "float64"]), default="auto", help="auto: bfloat16 autocast where the hardware has it; float32: without TF32."),
     click.option("--sync-bn/--no-sync-bn", default=False, help="Batch norm over all ranks (on GPUs)."),
     click.option("--compile", is_flag=True, help="torch.compile the encoder."),
     click.option("--save-minutes", type=NOT_NEGATIVE, default=10, help="Checkpoint at least this often, and after every epoch."),
@@ -143,12 +144,6 @@ def names_of(context, options):
     return ", ".join(sorted(next(p.opts[0] for p in context.command.params if p.name == k) for k in options))
 
 
-def say(*words, **how):
-    """Once, whatever the number of ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        click.echo(*words, **how)
-
-
 def read(context, resume, options):
     """(the options of a run, the contents of the checkpoint that it goes on from or None)."""
     given = {k for k in options if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
@@ -201,8 +196,7 @@ def complete_options(config, world):
         "run": f"runs/{config.dataset}-{config.arch}-{config.loss}-s{config.seed}",
     }
     fill_in(config, fill)
-    if config.loss_scale is None:
-        config.loss_scale = config.tau / 0.07 if defaults.scaled else 1.0
+    fill_in(config, {"warmup_from": min(0.01, config.lr), "loss_scale": config.tau / 0.07 if defaults.scaled else 1.0})
 
     loss, pairs, share = config.loss, config.loss == "n-pair", config.batch // world
     sharded = loss in ("supcon", "supcon-in", "simclr")
@@ -278,6 +272,10 @@ def run_command(command, lower="--micro-batch, --batch, --size or --limit"):
         if not is_out_of_memory(e):
             raise
         line = f"not enough memory ({str(e).splitlines()[0] if str(e) else 'MemoryError'}): lower {lower}"
+    except OSError as e:
+        if e.errno != errno.ENAMETOOLONG:
+            raise
+        line = f"{str(e.filename)[:80]} ... is too long a name: name another"
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)

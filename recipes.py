@@ -56,8 +56,12 @@ LARS_IMAGENET = IMAGENET | {"optimizer": "lars", "warmup": 12.0, "loss": "supcon
 PROBE_IMAGENET = {
     "optimizer": "rmsprop", "momentum": 0.9, "schedule": "exponential", "warmup": 12.0, "epochs": 90, "weight_decay": (1e-6,), "label_smoothing": 0.05,
 }  # fmt: skip
-OFFICIAL_COSINE = "the source's cosine starts at the end of the warm-up and ends at 0; its LARS adapts biases; its colours add brightness"
-BN_DECAY = "weight decay takes in batch norm, which the source leaves out; its cosine starts at the end of the warm-up and ends at 0"
+TF_HEAD = {"proj_depth": 3, "proj_dim": 128}
+COSINE = "the source's cosine starts at the end of the warm-up and ends at 0"
+BN_DECAY = f"weight decay takes in batch norm, which the source leaves out; {COSINE}"
+TF_INPUT = "its images are in [-1, 1], not standardised"
+TF_IMAGENET = f"{COSINE}; its LARS adapts biases; its colours add brightness; {TF_INPUT}"
+TF_RAND = "its RandAugment comes between colours and grey, has Cutout, Invert and SolarizeAdd as well"
 
 PRESETS = {
     "cifar10-supcon": Preset(
@@ -93,15 +97,15 @@ PRESETS = {
     ),
     "cifar10-simclr-tf": Preset(
         f"{OFFICIAL}, scripts: SimCLR on CIFAR-10",
-        CIFAR | SIM | HEAD | {"dataset": "cifar10", "loss": "simclr", "tau": 0.5, "loss_scale": 1.0, "epochs": 400, "lr_per_256": 0.5, "weight_decay": 1e-4,
-                              "warmup_from": 0.0},
+        CIFAR | SIM | TF_HEAD | {"dataset": "cifar10", "loss": "simclr", "tau": 0.5, "loss_scale": 1.0, "epochs": 400, "lr_per_256": 0.5,
+                                 "weight_decay": 1e-4, "warmup_from": 0.0, "sync_bn": True},
         {"optimizer": "sgd", "momentum": 0.9, "epochs": 90, "batch": 1024, "lr_per_256": 0.25, "weight_decay": (0.0,), "schedule": "cosine"},
         f"{BN_DECAY}; its projection head has batch norm",
     ),
     "cifar10-ce-tf": Preset(
         f"{OFFICIAL}, scripts: cross-entropy on CIFAR-10",
         CIFAR | SIM | {"dataset": "cifar10", "loss": "ce", "nesterov": True, "epochs": 1000, "lr_per_256": 0.1, "weight_decay": 5e-4, "warmup": 12.0,
-                       "warmup_from": 0.0},
+                       "warmup_from": 0.0, "sync_bn": True},
         {},
         BN_DECAY,
     ),
@@ -109,41 +113,41 @@ PRESETS = {
         f"{OFFICIAL}, scripts/supcon_imagenet_resnet50.sh: 78.7 %",
         LARS_IMAGENET | {"arch": "resnet50", "augment": "auto", "batch": 6144, "epochs": 350, "lr_per_256": 0.4, "weight_decay": 1e-3},
         PROBE_IMAGENET | {"batch": 6144, "lr_per_256": 0.05},
-        OFFICIAL_COSINE,
+        TF_IMAGENET,
     ),
     "imagenet-supcon-r101": Preset(
         f"{OFFICIAL}, scripts: SupCon on ImageNet, ResNet-101 (80.2 %; the paper's table says stacked RandAugment)",
         LARS_IMAGENET | {"arch": "resnet101", "augment": "auto", "batch": 4096, "epochs": 350, "lr_per_256": 0.4, "weight_decay": 1e-4},
         PROBE_IMAGENET | {"batch": 4096, "lr_per_256": 0.05},
-        OFFICIAL_COSINE,
+        TF_IMAGENET,
     ),
     "imagenet-supcon-r200": Preset(
         f"{OFFICIAL}, scripts: SupCon on ImageNet, ResNet-200, 81.4 %",
         LARS_IMAGENET | {"arch": "resnet200", "augment": "stacked-rand", "jitter": 1.0, "batch": 4096, "epochs": 700, "lr_per_256": 0.2, "weight_decay": 1e-4},
         PROBE_IMAGENET | {"batch": 4096, "lr_per_256": 0.05},
-        OFFICIAL_COSINE,
+        f"{TF_IMAGENET}; {TF_RAND}",
     ),
     "imagenet-simclr-r50": Preset(
         f"{OFFICIAL}, scripts: SimCLR on ImageNet, ResNet-50",
         IMAGENET | {"arch": "resnet50", "loss": "simclr", "tau": 0.1, "loss_scale": 1.0, "augment": "sim", "jitter": 1.0, "optimizer": "lars", "batch": 6144,
-                    "epochs": 100, "lr_per_256": 0.3, "weight_decay": 1e-4, "warmup": 12.0} | HEAD,
+                    "epochs": 100, "lr_per_256": 0.3, "weight_decay": 1e-4, "warmup": 12.0} | TF_HEAD,
         {"optimizer": "sgd", "nesterov": True, "momentum": 0.9, "schedule": "cosine", "warmup": 12.0, "epochs": 90, "batch": 6144, "lr_per_256": 0.1,
          "weight_decay": (1e-6,), "label_smoothing": 0.05},
-        f"{OFFICIAL_COSINE}; its projection head has batch norm",
+        f"{TF_IMAGENET}; its projection head has batch norm",
     ),
     "imagenet-ce-r50": Preset(
         f"{OFFICIAL}, scripts: cross-entropy on ImageNet, ResNet-50, 78.2 %",
         IMAGENET | {"arch": "resnet50", "loss": "ce", "augment": "auto", "nesterov": True, "batch": 6144, "epochs": 200, "lr_per_256": 0.1,
                     "weight_decay": 1e-4, "warmup": 12.0, "label_smoothing": 0.05},
         {},
-        BN_DECAY,
+        f"{BN_DECAY}; {TF_INPUT}",
     ),
     "imagenet-ce-r200": Preset(
         f"{OFFICIAL}, scripts: cross-entropy on ImageNet, ResNet-200, 80.9 %",
         IMAGENET | {"arch": "resnet200", "loss": "ce", "augment": "stacked-rand", "jitter": 1.0, "nesterov": True, "batch": 4096, "epochs": 700,
                     "lr_per_256": 0.1, "weight_decay": 1e-4, "warmup": 12.0, "label_smoothing": 0.05},
         {},
-        BN_DECAY,
+        f"{BN_DECAY}; {TF_INPUT}; {TF_RAND}",
     ),
     "imagenet-supcon-queue": Preset(
         f"Khosla et al. 2020, section 4, and {REFERENCE}/issues/120: a memory of 8192 features, batch 256, SGD, 79.1 % on ResNet-50",

@@ -14,6 +14,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -175,6 +176,18 @@ class RunFolder:
         self.lock.close()
 
 
+def say(words, err=False):
+    """Prints once, whatever the number of ranks. A terminal that is gone, or a pipe that is closed, ends no run."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        click.echo(words, err=err)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if err else sys.stdout).fileno())
+        os.close(nowhere)
+
+
 def write_aside(path, write, keep_as=None):
     """write(file) into a file beside `path`, which then takes its place, and what stood there that of `keep_as`."""
     aside = path.with_suffix(".tmp")
@@ -293,17 +306,17 @@ class Journal:
         if last or now - self.shown > 10:
             self.shown, total = now, config.epochs * self.steps_per_epoch
             left = (total - step) * config.batch / rate / 60
-            click.echo(f"epoch {epoch}/{config.epochs} step {step}/{total}  loss {loss:.4f}  lr {lr:.4g}  {rate:.0f} images/s  {left:.1f} min left")
+            say(f"epoch {epoch}/{config.epochs} step {step}/{total}  loss {loss:.4f}  lr {lr:.4g}  {rate:.0f} images/s  {left:.1f} min left")
 
     def _note_epoch(self, step, diagnosis):
         self._count_seconds()
         mean_loss = math.fsum(self.losses) / len(self.losses)
         self.entry = {"step": step, "epoch": step // self.steps_per_epoch, "mean_loss": mean_loss, "seconds": round(self.seconds, 2)} | diagnosis()
         self.folder.log(self.entry)
-        click.echo("  " + "  ".join(f"{k} {v:.4g}" for k, v in self.entry.items() if isinstance(v, float)))
+        say("  " + "  ".join(f"{k} {v:.4g}" for k, v in self.entry.items() if isinstance(v, float)))
         if self.collapse and abs(mean_loss - self.collapse) < 0.01 * self.collapse:
-            click.echo(f"  warning: the loss sits at its collapse value {self.collapse:.4f}: all features are alike. "
-                       "Lower --lr, lengthen --warmup or raise --tau", err=True)  # fmt: skip
+            say(f"  warning: the loss sits at its collapse value {self.collapse:.4f}: all features are alike. "
+                "Lower --lr, lengthen --warmup or raise --tau", err=True)  # fmt: skip
         self.losses, self.lrs, self.checked = [], [], 0
 
     def save(self, step):

@@ -1,11 +1,13 @@
 """A run that is killed, stopped, short of disk or of numbers loses nothing but the steps since its last checkpoint."""
 import contextlib
 import json
+import os
 import re
 import shlex
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,30 @@ def test_a_signal_saves_and_ends_with_the_command_that_goes_on(word, long, tmp_p
     assert command == ["python", "pretrain.py", "--resume", str(run)]
     assert python(*command[1:]).returncode == 0
     assert log_of(run) == log_of(long) and same_bits(state_of(run), state_of(long))
+
+
+def test_a_terminal_that_is_gone_ends_no_run(long, tmp_path):
+    run = tmp_path / "run"
+    process = start("pretrain.py", *LONG, "--run-dir", run, output=subprocess.PIPE)
+    wait_for_step(run, 9, process)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=100) == 0
+    assert log_of(run) == log_of(long) and same_bits(state_of(run), state_of(long))
+
+
+def test_a_reader_that_is_killed_ends_the_run_at_its_last_step(tmp_path):
+    folder_of(tmp_path, ["train"], ["a", "b"])
+    run = tmp_path / "run"
+    process = start("pretrain.py", *FOLDER, "--stream", "--epochs", "2000", "--log-every", "1", "--data", tmp_path, "--run-dir", run, output=subprocess.PIPE)
+    wait_for_step(run, 9, process)
+    readers = []
+    while not readers:  # they begin anew in every epoch
+        readers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(readers[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2 and err.count("\n") == 1 and "lower --workers" in err
+    assert run_folder.load_checkpoint(run / "ckpt.pt")["step"] == log_of(run)[-1]["step"]
 
 
 def test_a_signal_in_the_middle_of_an_epoch_ends_every_rank(tmp_path):

@@ -63,6 +63,9 @@ def test_the_presets_probes_and_heads_are_the_published_ones():
             assert o["normalize_encoder"] and o["proj_depth"] == 1 and o["proj_dim"] == 128
             assert probe["optimizer"] == "rmsprop"
             assert (probe["epochs"], probe["warmup"], probe["schedule"]) == (90, 12, "exponential")
+        if official:  # its scripts' --projection_head_layers=2048,2048,128, and batch norm over all cores but for one script
+            assert o["loss"] != "simclr" or o["proj_depth"] == 3
+            assert o.get("sync_bn", False) == (name != "cifar10-supcon-tf")
         if o["loss"] == "ce":
             assert not probe and o.get("label_smoothing", 0) == (0.05 if imagenet else 0)
         if o["augment"] == "sim":
@@ -76,7 +79,7 @@ def test_the_presets_probes_and_heads_are_the_published_ones():
 def test_every_preset_takes_a_step(name, tmp_path, capsys):
     folder_of(tmp_path, ["train"], ["a", "b", "c"], size=(40, 40))
     small = ["--dataset", "folder", "--data", str(tmp_path), "--limit", "8", "--size", "32", "--batch", "8", "--epochs", "1", "--device", "cpu"]
-    small += ["--proj-hidden", "64"] if recipes.PRESETS[name].pretrain.get("proj_depth") == 2 else []
+    small += ["--proj-hidden", "64"] if recipes.PRESETS[name].pretrain.get("proj_depth", 1) > 1 else []
     pretrain.main([*small, "--recipe", name, "--workers", "0", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
     out, o = capsys.readouterr().out, recipes.PRESETS[name].pretrain
     assert f"recipe {name}: {recipes.PRESETS[name].source}" in out and f"--batch {o['batch']}" in out
