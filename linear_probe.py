@@ -8,8 +8,8 @@
 Features of un-augmented images are extracted once. A grid of learning rates and weight decays is fitted to nine tenths of
 the training images, all cells together as one linear layer; the cell that is best on the other tenth is fitted again, to
 all of them, and meets the test images once, at its last epoch. Beside the checkpoint it leaves probe.json and
-classifier.pt, their names with another data set, a fraction or a recipe at the end where there is one; load_classifier
-makes one module of the latter.
+classifier.pt, their names with another data set, a fraction, a limit or a recipe at the end where there is one;
+load_classifier makes one module of the latter.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from metrics import best_temperature, confusion, knn_top1, per_class, reliabilit
 from options import NOT_NEGATIVE, POSITIVE, Finite, refuse_two_rates, run_command
 from pretrain import bfloat16_is_fast, build_encoder, choose_device, encode, encode_images
 from recipes import PRESETS, as_option, learning_rate, make_optimizer
-from run_folder import load_checkpoint, load_plain, load_state, write_aside
+from run_folder import load_checkpoint, load_plain, load_state, say, write_aside
 
 LRS, DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3, 1e-2)  # the grid, on standardised features
 HELD_OUT = 0.1
@@ -199,7 +199,7 @@ def hold_out(labels, seed):
 
 
 class Classifier(nn.Module):
-    """Images, as Frozen takes them, -> class scores (n, C); divided by `temperature`, as the held-out images ask for."""
+    """Images, as Frozen takes them, -> class scores (n, C), whose softmax is better calibrated when divided by `temperature`."""
 
     def __init__(self, frozen, linear, classes, temperature, dataset):
         super().__init__()
@@ -249,7 +249,7 @@ def baselines(frozen, train, test, cells, fit):
     for name, r_of in kinds.items():
         classifier = probe(r_of(train), y_train, C, cells, fit).classifier
         found[f"{name}_top1"] = topk(classifier(r_of(test)), y_test, 1)
-        click.echo(f"the same grid on {'raw pixels' if name == 'raw_pixels' else 'the untrained encoder'}: top-1 {found[f'{name}_top1']:.2f} %")
+        say(f"the same grid on {'raw pixels' if name == 'raw_pixels' else 'the untrained encoder'}: top-1 {found[f'{name}_top1']:.2f} %")
     return found
 
 
@@ -293,10 +293,14 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
     device = choose_device(device)
     checkpoint = checkpoint / "ckpt.pt" if checkpoint.is_dir() else checkpoint
     frozen = load_encoder(checkpoint, device)
-    if not os.access(checkpoint.parent, os.W_OK):
-        raise Refused(f"{checkpoint.parent} cannot be written: copy the checkpoint to a folder that can")
+    folder = checkpoint.parent
+    if not os.access(folder, os.W_OK):
+        raise Refused(f"{folder} cannot be written: copy the checkpoint to a folder that can")
     own, before = (frozen.config["dataset"], frozen.config["data"]), fingerprint(frozen)
     dataset, data = dataset or own[0], data or own[1]
+    elsewhere = data != own[1] and dataset in (own[0], "folder")
+    kind = [dataset] * (dataset != own[0]) + [Path(data).resolve().name] * elsewhere + [f"{fraction:g}"] * (fraction < 1)
+    suffix = "".join(f"-{part}" for part in (*kind, *[f"first{limit}"] * bool(limit), *[recipe] * bool(recipe)))  # no probe overwrites another's files
     frozen.config |= {"data": data} | ({"normalize_encoder": True} if l2_normalize else {})
     source = {"size": frozen.size, "download": download, "stream": frozen.config.get("stream", False) and dataset == "folder"}
     train, test = load_data(dataset, data, True, limit=limit, **source), load_data(dataset, data, False, **source)
@@ -312,8 +316,11 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
     extracted = time.perf_counter()
     augmented = (lambda epoch: extract(frozen, train, key=(fit.seed, 6, epoch), workers=workers)) if augment else None
     found = probe(r_train, y_train, len(train.classes), cells, fit, augmented)
+    if fingerprint(frozen) != before:
+        raise RuntimeError("the encoder changed while it was probed")
+    write_classifier(folder, suffix, dataset, frozen, found, train.classes)
     if found.held_out_top1 is None:
-        click.echo("no class has two images: nothing to choose with, so the first learning rate and weight decay are taken", err=True)
+        say("no class has two images: nothing to choose with, so the first learning rate and weight decay are taken", err=True)
     scores = found.classifier(r_test)
     fitted = time.perf_counter()
     ece, table = reliability(scores, y_test)
@@ -345,17 +352,12 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
         "torch": torch.__version__,
     }
     announce(result, frozen.config["loss"])
-    if fingerprint(frozen) != before:
-        raise RuntimeError("the encoder changed while it was probed")
-    other = [dataset] if dataset != own[0] else [Path(data).name] * (data != own[1])
-    kind = other + [f"{fraction:g}"] * (fraction < 1) + [recipe] * (recipe is not None)
-    suffix = "".join(f"-{part}" for part in kind)  # one probe does not overwrite another's files
-    write(checkpoint.parent, suffix, result, frozen, found, train.classes)
+    write_json(folder / f"probe{suffix}.json", result)
     if figure:
-        click.echo(draw_probe(checkpoint.with_name(f"probe{suffix}.png"), result, confusion(scores, y_test), r_test, y_test, test.classes))
+        say(draw_probe(checkpoint.with_name(f"probe{suffix}.png"), result, confusion(scores, y_test), r_test, y_test, test.classes))
     if with_baselines:
         result |= baselines(frozen, train, test, cells, fit)
-        write(checkpoint.parent, suffix, result, frozen, found, train.classes)
+        write_json(folder / f"probe{suffix}.json", result)
     return result
 
 
@@ -367,7 +369,7 @@ def complete_fit(recipe, options, given):
         preset = {"nesterov": False, "standardize": False, "warmup": 0.0} | PRESETS[recipe].probe
         bound = {"lr", "lr_per_256"} if {"lr", "lr_per_256"} & given else set()
         options |= {k: v for k, v in preset.items() if k not in given | bound}
-        click.echo(f"recipe {recipe}: {PRESETS[recipe].source}\n  " + " ".join(as_option(k, options[k]) for k in preset if options[k] is not None))
+        say(f"recipe {recipe}: {PRESETS[recipe].source}\n  " + " ".join(as_option(k, options[k]) for k in preset if options[k] is not None))
     if options["optimizer"] != "sgd" or not options["momentum"]:
         if options["nesterov"] and "nesterov" in given:
             raise Refused("--nesterov is SGD's, with a --momentum above 0: leave it out")
@@ -382,19 +384,19 @@ def complete_fit(recipe, options, given):
 
 
 def announce(result, loss):
-    click.echo(f"{result['dataset']}, linear probe on {loss} features: top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
-               f"k-NN {result['knn_top1']:.2f} %  (lr {result['lr']:g}, weight decay {result['weight_decay']:g})")  # fmt: skip
-    click.echo(f"calibration error {result['ece']:.4f}, after temperature {result['temperature']:.3f} {result['ece_after_temperature']:.4f}; "
-               f"alignment {result['alignment']:.3f}, uniformity {result['uniformity']:.3f}, tolerance {result['tolerance']:.3f}")  # fmt: skip
+    say(f"{result['dataset']}, linear probe on {loss} features: top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
+        f"k-NN {result['knn_top1']:.2f} %  (lr {result['lr']:g}, weight decay {result['weight_decay']:g})")  # fmt: skip
+    say(f"calibration error {result['ece']:.4f}, after temperature {result['temperature']:.3f} {result['ece_after_temperature']:.4f}; "
+        f"alignment {result['alignment']:.3f}, uniformity {result['uniformity']:.3f}, tolerance {result['tolerance']:.3f}")  # fmt: skip
     for true, predicted, percent in result["worst_confusions"]:
-        click.echo(f"  {percent:5.1f} % of {true} taken for {predicted}")
+        say(f"  {percent:5.1f} % of {true} taken for {predicted}")
 
 
-def write(folder, suffix, result, frozen, found, classes):
+def write_classifier(folder, suffix, dataset, frozen, found, classes):
     contents = {
         "format": FORMAT,
         "config": frozen.config,
-        "dataset": result["dataset"],
+        "dataset": dataset,
         "encoder": frozen.encoder.state_dict(),
         "mean": frozen.mean,
         "std": frozen.std,
@@ -403,11 +405,18 @@ def write(folder, suffix, result, frozen, found, classes):
         "temperature": found.temperature,
         "classes": classes,
     }
+    write(folder / f"classifier{suffix}.pt", lambda f: torch.save(contents, f))
+
+
+def write_json(path, contents):
+    write(path, lambda f: f.write(json.dumps(contents, indent=1).encode() + b"\n"))
+
+
+def write(path, write_to):
     try:
-        write_aside(folder / f"classifier{suffix}.pt", lambda f: torch.save(contents, f))
-        write_aside(folder / f"probe{suffix}.json", lambda f: f.write(json.dumps(result, indent=1).encode() + b"\n"))
+        write_aside(path, write_to)
     except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
-        raise Refused(f"{folder} cannot be written ({e}): free space, or copy the checkpoint to a folder that can") from e
+        raise Refused(f"{path.parent} cannot be written ({e}): free space, or copy what is there to a folder that can") from e
 
 
 if __name__ == "__main__":

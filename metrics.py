@@ -7,13 +7,13 @@ import torch.nn.functional as F
 def topk(scores, labels, k):
     """Accuracy in percent: how often the label is among the k highest scores."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return 100 * (best == labels[:, None]).any(1).double().mean().item()
+    return 100 * (best == labels[:, None]).any(1).sum().item() / len(labels)
 
 
 def confusion(scores, labels):
     """(C, C): how many images of class i are taken for class j."""
     n = scores.shape[1]
-    return torch.bincount(labels * n + scores.argmax(1), minlength=n * n).view(n, n)
+    return torch.bincount(labels * n + scores.argmax(1), minlength=n * n).view(n, n).cpu()
 
 
 def worst_confusions(scores, labels, classes, count=5):
@@ -28,10 +28,11 @@ def worst_confusions(scores, labels, classes, count=5):
 def reliability(scores, labels, bins=15):
     """(expected calibration error, table): confidences in `bins` equal bins (a, b], each row [images, mean confidence,
     accuracy]; the error is the mean over the images of their bin's |accuracy - confidence| (Guo et al. 2017)."""
-    confidence, predicted = scores.double().softmax(1).max(1)
+    scores, labels = scores.cpu().double(), labels.cpu()  # not every device has doubles
+    confidence, predicted = scores.softmax(1).max(1)
     right = (predicted == labels).double()
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    count, total, hits = (torch.zeros(bins, dtype=torch.double, device=scores.device) for _ in range(3))
+    count, total, hits = (torch.zeros(bins, dtype=torch.double) for _ in range(3))
     for sums, values in ((count, torch.ones_like(right)), (total, confidence), (hits, right)):
         sums.index_add_(0, which, values)
     table = torch.stack([count, total / count.clamp(min=1), hits / count.clamp(min=1)], 1)
@@ -46,12 +47,13 @@ def per_class(scores, labels, classes):
 
 def best_temperature(scores, labels):
     """T > 0 of the least cross-entropy of scores / T (Guo et al. 2017)."""
-    log_t = torch.zeros((), device=scores.device, dtype=torch.float64, requires_grad=True)
+    scores, labels = scores.cpu().double(), labels.cpu()
+    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(scores.double() / log_t.clamp(-7, 7).exp(), labels)
+        loss = F.cross_entropy(scores / log_t.clamp(-7, 7).exp(), labels)
         loss.backward()
         return loss
 
@@ -62,7 +64,8 @@ def best_temperature(scores, labels):
 def knn_top1(bank, bank_labels, query, query_labels, k=200, tau=0.07):
     """Weighted k-NN accuracy in percent (Wu et al. 2018): neighbours vote exp(s/tau), s the cosine similarity."""
     bank, right = F.normalize(bank), 0
-    for q, y in zip(F.normalize(query).split(1000), query_labels.split(1000)):
+    count = max(1, 2**26 // len(bank))  # so many queries have 256 MB of similarities
+    for q, y in zip(F.normalize(query).split(count), query_labels.split(count)):
         s, nearest = (q @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(q), int(bank_labels.max()) + 1, device=bank.device, dtype=s.dtype)
         votes.scatter_add_(1, bank_labels[nearest], ((s - 1) / tau).exp())  # at most 1: no overflow in any type

@@ -195,6 +195,8 @@ def _simple_contrastive(z, lam, images, k):
             yield i, sum(g[a] * s[a] for a in g), g
 
 def _against(variant, z, y, contrast, y_contrast, tau, own):
+    contrast = _rows(contrast, y_contrast, (1, 2))
+    _require(tau > 0, f"tau must be positive, got {tau}")
     for i in range(len(z)):
         A = [a for a in range(len(contrast)) if own is None or a != own + i]
         overlap = {a: y[i] @ y_contrast[a] if np.ndim(y) == 2 else float(y[i] == y_contrast[a]) for a in A}

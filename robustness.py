@@ -25,11 +25,11 @@ import torchvision
 from corruptions import MADE, NAMES, corrupt
 from figures import draw_robustness, pyplot
 from images import Refused, generator, load_data, read_image, resize, to_size
-from linear_probe import load_classifier
+from linear_probe import fingerprint, load_classifier, write_json
 from metrics import reliability
 from options import run_command
 from pretrain import choose_device
-from run_folder import write_aside
+from run_folder import say
 
 SEVERITIES = range(1, 6)
 ALEXNET_CLEAN = 0.43478  # top-1 error of torchvision's AlexNet
@@ -66,7 +66,7 @@ class Cifar10C:
     def __init__(self, folder, classifier, limit):
         self.folder, self.size, self.limit = folder, classifier.size, limit
         self.names = [name for name in NAMES if (folder / f"{name}.npy").exists()]
-        self.labels = torch.from_numpy(self._read("labels", 1)).long()
+        self.labels = torch.from_numpy(self._read("labels", 1))
         require_labels(self.labels, len(classifier.classes), folder / "labels.npy")
 
     def _read(self, name, dims):
@@ -79,10 +79,11 @@ class Cifar10C:
             raise Refused(f"{path} is {getattr(values, 'shape', 'an archive')}: it must hold five severities, one after the other")
         if not np.issubdtype(values.dtype, np.uint8 if dims == 4 else np.integer):
             raise Refused(f"{path} holds {values.dtype}: it must hold {'uint8 images' if dims == 4 else 'whole numbers'}")
-        return np.array(values) if dims == 1 else values
+        return np.array(values, dtype=np.int64) if dims == 1 else values
 
     def check(self, test):
-        if not (self.labels.view(5, -1) == test.labels[: len(self.labels) // 5]).all():
+        n = len(self.labels) // 5
+        if n > len(test.labels) or not (self.labels.view(5, n) == test.labels[:n]).all():
             raise Refused(f"{self.folder}/labels.npy are not the labels of the test set that the classifier was fitted for: name the set made of it")
         for name in self.names:
             shape = self._read(name, 4).shape
@@ -219,11 +220,14 @@ def main(path, corrupted, baseline, data, download, limit, seed, figure, device)
     ours = classifiers[0]
     if classifiers[-1].classes != ours.classes or classifiers[-1].size != ours.size:
         raise Refused(f"--baseline {baseline} was fitted to other classes or another image size than {path}: name one of the same data set")
-    report = paths[0].with_name(paths[0].stem.replace("classifier", "robustness", 1) + (f"-{corrupted.name}" if corrupted else "") + ".json")
+    kind = ([corrupted.resolve().name] if corrupted else []) + [f"first{limit}"] * bool(limit) + [f"s{seed}"] * bool(seed)
+    stem = paths[0].stem.replace("classifier", "robustness", 1)
+    report = paths[0].with_name("-".join([stem, *kind]) + ".json")  # no test overwrites another's
     if not os.access(report.parent, os.W_OK):
         raise Refused(f"{report.parent} cannot be written: copy the classifier to a folder that can")
     data = data or ours.frozen.config["data"]
-    test = load_data(ours.dataset, data, False, size=ours.size, download=download)
+    all_labels = corrupted and (corrupted / "labels.npy").exists()  # CIFAR-10-C's are compared with them
+    test = load_data(ours.dataset, data, False, size=ours.size, download=download, limit=None if all_labels else limit)
     if list(test.classes) != list(ours.classes):
         raise Refused(f"--data {data} has other classes than {path} was fitted to: name its own test set")
     source = published(corrupted, ours, limit, test) if corrupted else None
@@ -231,21 +235,25 @@ def main(path, corrupted, baseline, data, download, limit, seed, figure, device)
     source = source or Made(test, seed)
 
     clean = [error_and_calibration(*found) for found in evaluate(classifiers, zip(test.images.split(500), test.labels.split(500)))]
-    click.echo(f"clean: error {100 * clean[0][0]:.2f} %, calibration error {clean[0][1]:.4f}; {len(test.labels)} images, {source.kind} corruptions")
+    say(f"clean: error {100 * clean[0][0]:.2f} %, calibration error {clean[0][1]:.4f}; {len(test.labels)} images, {source.kind} corruptions")
     missing = [name for name in NAMES if name not in source.names]
     if missing:
-        click.echo(f"{len(source.names)} of the benchmark's 15 corruptions; not here: {', '.join(missing)}")
-    errors, ece = ([{} for _ in classifiers] for _ in range(2))
+        say(f"{len(source.names)} of the benchmark's 15 corruptions; not here: {', '.join(missing)}")
+    part = report.with_suffix(".part")
+    about = {"classifiers": [fingerprint(c) for c in classifiers], "kind": source.kind, "images": len(test.labels), "seed": seed, "limit": limit}
+    errors, ece = taken_up(part, about) or ([{} for _ in classifiers] for _ in range(2))
+    left_out = [name for name in source.names if name not in errors[0]]
     start = time.perf_counter()
-    for k, name in enumerate(source.names, 1):
+    for k, name in enumerate(left_out, 1):
         for severity in SEVERITIES:
             for c, found in enumerate(evaluate(classifiers, source.batches(name, severity))):
                 error, calibration = error_and_calibration(*found)
                 errors[c].setdefault(name, []).append(error)
                 ece[c].setdefault(name, []).append(calibration)
         spent = time.perf_counter() - start
-        left = spent / k * (len(source.names) - k)
-        click.echo(f"{name:18} error " + " ".join(f"{100 * e:5.1f}" for e in errors[0][name]) + f" %   {k}/{len(source.names)}, {left / 60:.1f} min left")
+        left = spent / k * (len(left_out) - k)
+        write_json(part, about | {"errors": errors, "ece": ece})
+        say(f"{name:18} error " + " ".join(f"{100 * e:5.1f}" for e in errors[0][name]) + f" %   {len(errors[0])}/{len(source.names)}, {left / 60:.1f} min left")
 
     result = {"classifier": str(paths[0]), "kind": source.kind, "images": len(test.labels), "seed": seed, "torch": torch.__version__}
     result |= {"seconds": round(time.perf_counter() - start, 1)} | summary(source.kind, clean[0], errors[0], ece[0])
@@ -253,27 +261,35 @@ def main(path, corrupted, baseline, data, download, limit, seed, figure, device)
         result["baseline"] = {"classifier": str(paths[1])} | summary(source.kind, clean[1], errors[1], ece[1])
         result["ratio_to_baseline"] = float(np.mean([np.sum(errors[0][name]) / max(np.sum(errors[1][name]), 1e-9) for name in source.names]))
     announce(result)
-    try:
-        write_aside(report, lambda f: f.write(json.dumps(result, indent=1).encode() + b"\n"))
-    except OSError as e:
-        raise Refused(f"{paths[0].parent} cannot be written ({e.strerror}): free space, or copy the classifier to a folder that can") from e
+    write_json(report, result)
+    part.unlink(missing_ok=True)
     if figure:
-        click.echo(draw_robustness(report.with_suffix(".png"), result))
+        say(draw_robustness(report.with_suffix(".png"), result))
     return result
 
 
+def taken_up(part, about):
+    """(errors, ece) of the corruptions that an interrupted test of the same classifiers on the same images has left in `part`."""
+    try:
+        found = json.loads(part.read_text())
+        if found | about == found:
+            return found["errors"], found["ece"]
+    except (OSError, ValueError):
+        pass
+
+
 def announce(result):
-    click.echo("severity      clean     1     2     3     4     5")
-    click.echo("accuracy, %  " + " ".join(f"{v:5.1f}" for v in (100 * (1 - result["clean_error"]), *result["accuracy_by_severity"])))
-    click.echo("calibration  " + " ".join(f"{v:5.3f}" for v in (result["clean_ece"], *result["ece_by_severity"])))
+    say("severity      clean     1     2     3     4     5")
+    say("accuracy, %  " + " ".join(f"{v:5.1f}" for v in (100 * (1 - result["clean_error"]), *result["accuracy_by_severity"])))
+    say("calibration  " + " ".join(f"{v:5.3f}" for v in (result["clean_ece"], *result["ece_by_severity"])))
     if "mce" in result:
-        click.echo(f"mCE {result['mce']:.1f} %, relative mCE {result['relative_mce']:.1f} % (normalised by AlexNet)")
+        say(f"mCE {result['mce']:.1f} %, relative mCE {result['relative_mce']:.1f} % (normalised by AlexNet)")
     elif result["kind"] == "CIFAR-10-C" and result["corruptions"] == len(NAMES):
-        click.echo(f"mean corruption error {result['mean_error']:.2f} % (CIFAR-10-C's convention, not normalised)")
+        say(f"mean corruption error {result['mean_error']:.2f} % (CIFAR-10-C's convention, not normalised)")
     else:
-        click.echo(f"mean error over {result['corruptions']} corruptions: {result['mean_error']:.2f} %")
+        say(f"mean error over {result['corruptions']} corruptions: {result['mean_error']:.2f} %")
     if "ratio_to_baseline" in result:
-        click.echo(f"ratio to {result['baseline']['classifier']}: {result['ratio_to_baseline']:.3f} (its mean error {result['baseline']['mean_error']:.2f} %)")
+        say(f"ratio to {result['baseline']['classifier']}: {result['ratio_to_baseline']:.3f} (its mean error {result['baseline']['mean_error']:.2f} %)")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-HEAD = ["run", "loss", "tau", "augment", "batch", "queue", "epochs", "views, M", "training, min", "probe top-1 %", "k-NN top-1 %", "seed"]
+HEAD = ["run", "loss", "tau", "augment", "batch", "queue", "epochs", "views, M", "training, min", "probe top-1 %", "k-NN of a part, %", "seed"]
 
 
 def row(run):

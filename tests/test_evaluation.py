@@ -62,7 +62,11 @@ def test_corruption_errors_are_the_oracles(seed, clean):
     assert robustness.relative_mean_corruption_error(errors, clean) == pytest.approx(relative)
 
 
-def test_alexnet_has_100_percent_of_its_own_errors():
+def test_alexnets_errors_are_the_published_ones():
+    """github.com/google-research/augmix, imagenet.py; its clean error is that of torchvision's weights."""
+    published = [0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572, 0.819324,
+                 0.564592, 0.853204, 0.646056, 0.717840, 0.606500]  # fmt: skip
+    assert [robustness.ALEXNET[name] for name in corruptions.NAMES] == published and robustness.ALEXNET_CLEAN == 0.43478
     errors = {name: [e] * 5 for name, e in robustness.ALEXNET.items()}
     assert robustness.mean_corruption_error(errors) == pytest.approx(100)
     assert robustness.relative_mean_corruption_error(errors, robustness.ALEXNET_CLEAN) == pytest.approx(100)
@@ -85,6 +89,14 @@ def test_mce_is_named_so_for_all_of_imagenet_c_alone():
     for kind, found in (("ImageNet-C", some), ("made", some), ("CIFAR-10-C", errors)):
         found = robustness.summary(kind, (0.2, 0.1), found, found)
         assert not {"mce", "relative_mce"} & found.keys() and found["mean_error"] == 50
+
+
+def test_a_summary_keeps_severities_and_corruptions_apart():
+    errors, ece = {"fog": [0.1, 0.2, 0.3, 0.4, 0.5], "snow": [0.3, 0.4, 0.5, 0.6, 0.9]}, {"fog": [0, 1, 2, 3, 4], "snow": [2, 3, 4, 5, 8]}
+    found = robustness.summary("made", (0.05, 0.01), errors, ece)
+    assert (found["clean_error"], found["clean_ece"], found["corruptions"]) == (0.05, 0.01, 2)
+    assert found["accuracy_by_severity"] == pytest.approx([80, 70, 60, 50, 30]) and found["ece_by_severity"] == [1, 2, 3, 4, 6]
+    assert found["mean_error"] == pytest.approx(42)
 
 
 # ---------------------------------------------------------------- the probe
@@ -114,18 +126,21 @@ def test_a_cell_of_the_grid_is_the_same_alone(options):
     assert not torch.allclose(weights[0], weights[1]) and not torch.allclose(weights[0], weights[2])
 
 
-def test_one_cell_is_torchs_own_linear_layer_and_optimizer():
+@pytest.mark.parametrize("schedule", ["constant", "step"])
+def test_one_cell_is_torchs_own_linear_layer_and_optimizer(schedule):
     r, y = clusters(64)
     linear = torch.nn.Linear(6, 4)
     torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
     optimizer = torch.optim.SGD(linear.parameters(), 0.3, 0.9, weight_decay=0.01, nesterov=True)
     g = torch.Generator().manual_seed(0)
-    for _ in range(5):
+    for epoch in range(20):
+        if schedule == "step":  # the reference code's, at 60, 75 and 90 %
+            optimizer.param_groups[0]["lr"] = 0.3 * 0.2 ** sum(epoch >= mark for mark in (12, 15, 18))
         for rows in torch.randperm(64, generator=g).split(16):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(linear(r[rows]), y[rows]).backward()
             optimizer.step()
-    options = fit(epochs=5, schedule="constant", warmup=0.0)
+    options = fit(epochs=20, schedule=schedule, warmup=0.0)
     weight, bias = linear_probe.fit_cells(lambda epoch: r, y, 4, [(0.3, 0.01)], options)
     torch.testing.assert_close(weight[0], linear.weight.detach())
     torch.testing.assert_close(bias[0], linear.bias.detach())
@@ -200,13 +215,13 @@ def test_temperature_undoes_a_scale():
 @pytest.fixture(scope="module")
 def probed(trained):
     linear_probe.main([str(trained), "--limit", "400", "--epochs", "3"], standalone_mode=False)
-    return trained / "classifier.pt"
+    return trained / "classifier-first400.pt"
 
 
 def test_a_saved_classifier_maps_images_to_the_reported_accuracy(probed):
     classifier = linear_probe.load_classifier(probed)
     test = images.load_data("shapes", None, False, size=16)
-    result = json.loads((probed.parent / "probe.json").read_text())
+    result = json.loads((probed.parent / "probe-first400.json").read_text())
     with torch.no_grad():
         scores = torch.cat([classifier(x) for x in test.images.split(500)])
         torch.testing.assert_close(classifier(test.images[:9].float() / 255), scores[:9], rtol=0.02, atol=0.02)
@@ -214,6 +229,23 @@ def test_a_saved_classifier_maps_images_to_the_reported_accuracy(probed):
     assert metrics.reliability(scores, test.labels)[0] == pytest.approx(result["ece"], abs=2e-3)
     assert classifier.classes == test.classes and classifier.temperature == result["temperature"]
     assert np.mean(list(result["per_class_top1"].values())) == pytest.approx(result["top1"], abs=2.0)
+    assert metrics.topk(scores, test.labels, 5) == pytest.approx(result["top5"], abs=0.11) and result["top5"] > result["top1"]
+    calibrated = metrics.reliability(scores / classifier.temperature, test.labels)[0]
+    assert calibrated == pytest.approx(result["ece_after_temperature"], abs=2e-3)
+
+
+def test_neighbours_and_geometry_are_those_of_the_encoder(probed):
+    frozen = linear_probe.load_encoder(probed.with_name("ckpt.pt"), torch.device("cpu"))
+    result = json.loads((probed.parent / "probe-first400.json").read_text())
+    train, test = images.load_data("shapes", None, True, size=16, limit=400), images.load_data("shapes", None, False, size=16)
+    r, r_test = linear_probe.extract(frozen, train), linear_probe.extract(frozen, test)
+    assert result["knn_top1"] == pytest.approx(metrics.knn_top1(r, train.labels, r_test, test.labels), abs=0.11) and result["test_images"] == 2000
+    z = torch.nn.functional.normalize(r_test.double())
+    assert result["uniformity"] == pytest.approx(ref.uniformity(z[:300].numpy()), abs=0.2)
+    same = (test.labels[:, None] == test.labels).fill_diagonal_(False)
+    assert result["tolerance"] == pytest.approx((z @ z.T)[same].mean().item(), abs=1e-3)
+    views = [torch.nn.functional.normalize(linear_probe.extract(frozen, test, key=(0, 8, v))) for v in range(2)]
+    assert result["alignment"] == pytest.approx((views[0] - views[1]).square().sum(1).mean().item(), abs=1e-3)
 
 
 def test_fractions_augmentation_recipes_and_normalised_features_are_probed(trained, tmp_path, capsys):
@@ -226,7 +258,7 @@ def test_fractions_augmentation_recipes_and_normalised_features_are_probed(train
     }.items():  # fmt: skip
         result = linear_probe.main([str(tmp_path), "--limit", "600", "--epochs", "2", *options], standalone_mode=False)
         assert 0 < result["top1"] <= result["top5"] <= 100
-        classifiers[name] = linear_probe.load_classifier(tmp_path / "classifier.pt")
+        classifiers[name] = linear_probe.load_classifier(tmp_path / "classifier-first600.pt")
         if name == "l2":
             test = images.load_data("shapes", None, False, size=16)
             with torch.no_grad():
@@ -239,12 +271,16 @@ def test_fractions_augmentation_recipes_and_normalised_features_are_probed(train
 def test_probes_of_other_settings_leave_files_of_their_own(trained, tmp_path, capsys):
     (tmp_path / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
     few = linear_probe.main([str(tmp_path), "--limit", "600", "--epochs", "2", "--fraction", "0.1"], standalone_mode=False)
-    assert few["train_images"] == pytest.approx(60, abs=5) and (tmp_path / "probe-0.1.json").exists()
+    assert few["train_images"] == pytest.approx(60, abs=5) and (tmp_path / "probe-0.1-first600.json").exists()
     recipe = linear_probe.main([str(tmp_path), "--limit", "600", "--epochs", "2", "--recipe", "cifar10-supcon", "--lr", "3"], standalone_mode=False)
     assert (recipe["lr"], recipe["weight_decay"], recipe["fit"]["schedule"], recipe["fit"]["standardize"]) == (3, 0, "step", False)
     out = capsys.readouterr().out
-    assert "--lr 3\n" in out and "--no-standardize" in out and (tmp_path / "classifier-cifar10-supcon.pt").exists()
+    assert "--lr 3\n" in out and "--no-standardize" in out and (tmp_path / "classifier-first600-cifar10-supcon.pt").exists()
     linear_probe.main([str(tmp_path), "--limit", "600", "--recipe", "imagenet-supcon-r50", "--batch", "64", "--epochs", "2"], standalone_mode=False)
+    for name in ("one", "two"):
+        folder_of(tmp_path / name, ["train", "test"], ["a", "b"])
+        linear_probe.main([str(tmp_path), "--dataset", "folder", "--data", str(tmp_path / name), "--epochs", "1"], standalone_mode=False)
+    assert (tmp_path / "probe-folder-one.json").exists() and (tmp_path / "probe-folder-two.json").exists()
     assert not (tmp_path / "probe.json").exists()
 
 
@@ -253,6 +289,18 @@ def test_augmented_views_change_with_the_epoch_and_not_with_the_run(trained):
     data = images.load_data("shapes", None, False, size=16, limit=30)
     a, b, c = (linear_probe.extract(frozen, data, key=key) for key in ((0, 6, 0), (0, 6, 0), (0, 6, 1)))
     assert torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a, linear_probe.extract(frozen, data))
+    frozen.config["normalize_encoder"] = True
+    torch.testing.assert_close(linear_probe.extract(frozen, data, key=(0, 6, 0)), torch.nn.functional.normalize(a))
+
+
+def test_augmented_views_are_cropped_as_in_training(trained):
+    frozen = linear_probe.load_encoder(trained / "ckpt.pt", torch.device("cpu"))
+    data = images.load_data("shapes", None, False, size=16, limit=200)
+    still, moved = linear_probe.extract(frozen, data), []
+    for crop_min in (1.0, 0.5, 0.05):
+        frozen.config["crop_min"] = crop_min
+        moved.append((linear_probe.extract(frozen, data, key=(0, 6, 0)) - still).norm())
+    assert moved[0] < moved[1] < moved[2]
 
 
 @pytest.mark.parametrize("size", [16, 72])
@@ -281,8 +329,8 @@ def test_pictures_are_drawn(trained, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
     linear_probe.main([str(tmp_path), "--limit", "200", "--epochs", "1", "--figure"], standalone_mode=False)
-    robustness.main([str(tmp_path), "--limit", "20", "--figure"], standalone_mode=False)
-    for name in ("probe.png", "robustness.png"):
+    robustness.main([str(tmp_path / "classifier-first200.pt"), "--limit", "20", "--figure"], standalone_mode=False)
+    for name in ("probe-first200.png", "robustness-first200-first20.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -302,6 +350,24 @@ def test_corruptions_are_drawn_from_their_key_and_grow_with_severity(name, size)
     assert torch.equal(made[4], again) and all(m.shape == x.shape and m.dtype == torch.uint8 for m in made)
     change = [(m.float() - x.float()).square().mean().item() for m in made]
     assert min(change) > 0 and (name == "elastic_transform" or change[4] > 1.2 * change[0])  # its kinds of severity differ
+
+
+def test_the_parameters_are_the_benchmarks():
+    """github.com/hendrycks/robustness, make_cifar_c.py and imagenet_c/corruptions.py."""
+    small = {
+        "gaussian_noise": "0.04 0.06 0.08 0.09 0.1", "shot_noise": "500 250 100 75 50", "impulse_noise": "0.01 0.02 0.03 0.05 0.07",
+        "defocus_blur": "0.3 0.4 0.4 0.5 0.5 0.6 1 0.2 1.5 0.1", "brightness": "0.05 0.1 0.15 0.2 0.3", "contrast": "0.75 0.5 0.4 0.3 0.15",
+        "elastic_transform": "0 0 0.08 0.05 0.2 0.07 0.08 0.06 0.06 0.1 0.04 0.05 0.1 0.03 0.03", "pixelate": "0.95 0.9 0.85 0.75 0.65",
+        "jpeg_compression": "80 65 58 50 40",
+    }  # fmt: skip
+    large = {
+        "gaussian_noise": "0.08 0.12 0.18 0.26 0.38", "shot_noise": "60 25 12 5 3", "impulse_noise": "0.03 0.06 0.09 0.17 0.27",
+        "defocus_blur": "3 0.1 4 0.5 6 0.5 8 0.5 10 0.5", "brightness": "0.1 0.2 0.3 0.4 0.5", "contrast": "0.4 0.3 0.2 0.1 0.05",
+        "elastic_transform": "2 0.7 0.1 2 0.08 0.2 0.05 0.01 0.02 0.07 0.01 0.02 0.12 0.01 0.02", "pixelate": "0.6 0.5 0.4 0.3 0.25",
+        "jpeg_compression": "25 18 15 10 7",
+    }  # fmt: skip
+    for ours, theirs in ((corruptions.SMALL, small), (corruptions.LARGE, large)):
+        assert {name: list(np.ravel(c)) for name, c in ours.items() if name != "zoom_blur"} == {name: [float(v) for v in c.split()] for name, c in theirs.items()}
 
 
 def test_zooms_are_as_many_as_the_benchmarks_float_ranges_have():
@@ -351,13 +417,49 @@ def test_pixelate_and_jpeg_are_pillows():
 # ---------------------------------------------------------------- robustness.py
 
 
+@pytest.fixture(scope="module")
+def other(trained):
+    """Another classifier of the same encoder."""
+    linear_probe.main([str(trained), "--limit", "100", "--epochs", "1"], standalone_mode=False)
+    return trained / "classifier-first100.pt"
+
+
+def test_a_baseline_is_tested_on_the_same_images(probed, other):
+    arguments = lambda *paths: [*map(str, paths), "--limit", "40"]
+    alone = robustness.main(arguments(other), standalone_mode=False)
+    result = robustness.main(arguments(probed, "--baseline", other), standalone_mode=False)
+    assert result["baseline"] == {k: alone[k] for k in result["baseline"]} and result["baseline"]["clean_ece"] != result["clean_ece"]
+    ratios = [sum(result["errors"][name]) / sum(alone["errors"][name]) for name in alone["errors"]]
+    assert result["ratio_to_baseline"] == pytest.approx(np.mean(ratios)) and result["ratio_to_baseline"] != 1
+
+
+def test_an_interrupted_test_goes_on_where_it_was(probed, tmp_path, monkeypatch, capsys):
+    for name in ("classifier-first400.pt", "ckpt.pt"):
+        (tmp_path / name).write_bytes(probed.with_name(name).read_bytes())
+    arguments = [str(tmp_path / probed.name), "--limit", "30"]
+    whole = robustness.main(arguments, standalone_mode=False)
+    corrupt, calls = robustness.corrupt, []
+
+    def counted(images, name, severity, g):
+        calls.append(name)
+        if len(calls) == 24:  # of severity 4 of the fifth corruption
+            raise MemoryError
+        return corrupt(images, name, severity, g)
+
+    monkeypatch.setattr(robustness, "corrupt", counted)
+    with pytest.raises(MemoryError):
+        robustness.main(arguments, standalone_mode=False)
+    assert whole | {"seconds": 0} == robustness.main(arguments, standalone_mode=False) | {"seconds": 0}
+    assert len(calls) == 24 + 50 - 20 and not list(tmp_path.glob("*.part"))
+
+
 def test_corruptions_made_here_are_reported_as_such(probed, capsys):
     result = robustness.main([str(probed), "--limit", "40", "--baseline", str(probed)], standalone_mode=False)
     out = capsys.readouterr().out
     assert result["corruptions"] == 10 and "mean error over 10 corruptions" in out and "mCE" not in out
     assert result["ratio_to_baseline"] == 1 and set(result["errors"]) == set(corruptions.MADE)
     assert result["mean_error"] == pytest.approx(100 - np.mean(result["accuracy_by_severity"]))
-    assert json.loads((probed.parent / "robustness.json").read_text())["errors"] == result["errors"]
+    assert json.loads((probed.parent / "robustness-first400-first40.json").read_text())["errors"] == result["errors"]
 
 
 def cifar10_c(folder, test, names=corruptions.NAMES, n=60):
@@ -380,7 +482,7 @@ def test_cifar_10_c_files_are_read_severity_by_severity(probed, tmp_path, capsys
         predicted = classifier(torch.from_numpy(severities.astype(np.uint8)).permute(0, 3, 1, 2)).argmax(1)
     expected = (predicted != test.labels[:60].repeat(5)).double().view(5, 60).mean(1).tolist()
     assert all(errors == pytest.approx(expected) for errors in result["errors"].values()) and result["corruptions"] == 15
-    assert "mean corruption error" in capsys.readouterr().out and "mce" not in result and (probed.parent / "robustness-c.json").exists()
+    assert "mean corruption error" in capsys.readouterr().out and "mce" not in result and (probed.parent / "robustness-first400-c.json").exists()
 
 
 @pytest.fixture(scope="module")
@@ -444,6 +546,10 @@ def too_few_labels(here, probed, folder):
     return probed, ["--corrupted", cifar10_c_with(here, labels=np.tile(labels, 5))], "labels.npy has 250 labels"
 
 
+def more_labels_than_test_images(here, probed, folder):
+    return probed, ["--corrupted", cifar10_c_with(here, labels=np.arange(50_000) % 10)], "are not the labels of the test set"
+
+
 def labels_of_another_test_set(here, probed, folder):
     return probed, ["--corrupted", cifar10_c_with(here, labels=np.arange(300) % 10)], "are not the labels of the test set"
 
@@ -486,6 +592,10 @@ def a_baseline_of_another_data_set(here, probed, folder):
     return probed, ["--baseline", folder], "was fitted to other classes"
 
 
+def a_name_too_long(here, probed, folder):
+    return here / ("c" * 300), [], "is too long a name"
+
+
 def another_test_set(here, probed, folder):
     folder_of(here, ["test"], ["x", "y", "z"])
     return folder, ["--data", here], "has other classes than"
@@ -493,7 +603,7 @@ def another_test_set(here, probed, folder):
 
 @pytest.mark.parametrize("situation", [
     missing_severity, other_classes, an_empty_severity, labels_out_of_range, fewer_classes, too_few_labels,
-    labels_of_another_test_set, labels_that_are_words, no_labels, images_that_are_floats, half_a_classifier, a_cut_file, nothing_there, a_checkpoint_of_pretrain, no_classifier, a_baseline_of_another_data_set, another_test_set,
+    more_labels_than_test_images, labels_of_another_test_set, labels_that_are_words, no_labels, images_that_are_floats, half_a_classifier, a_cut_file, nothing_there, a_checkpoint_of_pretrain, no_classifier, a_baseline_of_another_data_set, a_name_too_long, another_test_set,
 ], ids=lambda situation: situation.__name__)  # fmt: skip
 def test_what_cannot_be_tested_gives_one_line_and_status_2(situation, probed, folder_classifier, tmp_path, monkeypatch, capsys):
     path, options, words = situation(tmp_path, probed, folder_classifier)

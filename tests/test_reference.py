@@ -402,6 +402,8 @@ Z, Y = np.eye(4), [0, 0, 1, 1]
     (lambda: ref.supcon_out(Z, Y, 0.0), "positive, got 0.0"),
     (lambda: ref.nt_xent(Z, -0.5), "positive, got -0.5"),
     (lambda: ref.hard_contrastive(Z, 0, 2), "tau must be positive, got 0"),
+    (lambda: ref.supcon_against(Z, Y, Z, Y, -1.0), "positive, got -1.0"),
+    (lambda: ref.supcon_against(Z, Y, Z, Y[:3]), r"\(3,\)"),
     (lambda: ref.supcon_out(Z, Y, denominator="some"), "'some'"),
     (lambda: ref.supcon_out(Z, Y, reduction="sum"), "'sum'"),
     (lambda: ref.triplet(Z, Y, reduction="sum"), "'sum'"),
