@@ -245,7 +245,7 @@ def test_neighbours_and_geometry_are_those_of_the_encoder(probed):
     same = (test.labels[:, None] == test.labels).fill_diagonal_(False)
     assert result["tolerance"] == pytest.approx((z @ z.T)[same].mean().item(), abs=1e-3)
     views = [torch.nn.functional.normalize(linear_probe.extract(frozen, test, key=(0, 8, v))) for v in range(2)]
-    assert result["alignment"] == pytest.approx((views[0] - views[1]).square().sum(1).mean().item(), abs=1e-3)
+    assert result["alignment"] == pytest.approx((views[0] - views[1]).square().sum(1).mean().item(), abs=1e-5)
 
 
 def test_fractions_augmentation_recipes_and_normalised_features_are_probed(trained, tmp_path, capsys):
@@ -368,6 +368,14 @@ def test_the_parameters_are_the_benchmarks():
     }  # fmt: skip
     for ours, theirs in ((corruptions.SMALL, small), (corruptions.LARGE, large)):
         assert {name: list(np.ravel(c)) for name, c in ours.items() if name != "zoom_blur"} == {name: [float(v) for v in c.split()] for name, c in theirs.items()}
+
+
+def test_elastic_displacements_are_measured_in_the_benchmarks_244_pixels(monkeypatch):
+    sigmas, rows = [], corruptions.gaussian_rows
+    monkeypatch.setattr(corruptions, "gaussian_rows", lambda size, sigma: sigmas.append(sigma) or rows(size, sigma))
+    for size in (224, 32):
+        corruptions.elastic_transform(torch.zeros(1, 3, size, size), (0.1, 0.05, 0.1), images.generator(0))
+    assert sigmas == pytest.approx([0.05 * 244, 0.05 * 32])
 
 
 def test_zooms_are_as_many_as_the_benchmarks_float_ranges_have():
