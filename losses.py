@@ -363,28 +363,26 @@ def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"
     _check(z, y)
     _check_word("mining", mining, ("all", "hard", "semihard"))
     p, n = _positives_negatives(y)
-    valid = p.any(1) & n.any(1)
+    P, N = p.sum(1), n.sum(1)
     d = _squared_distances(z)
-    hinge = (lambda u: torch.logaddexp(u, torch.zeros_like(u))) if soft else F.relu  # F.softplus turns linear
+    d_p, d_n = d.masked_fill(~p, -torch.inf), d.masked_fill(~n, torch.inf)  # what is absent has a hinge of 0
+
+    def hinges(d_p, d_n):
+        u = d_p - d_n + margin
+        return (torch.logaddexp(u, torch.zeros_like(u)) if soft else F.relu(u)).sum(1)  # F.softplus turns linear
+
     if len(z) == 0:
         loss = z.sum(1)
     elif mining == "hard":
-        loss = hinge(d.masked_fill(~p, -torch.inf).amax(1) - d.masked_fill(~n, torch.inf).amin(1) + margin)
+        loss = hinges(d_p.amax(1, keepdim=True), d_n.amin(1, keepdim=True))
     elif mining == "semihard":
-        d_n = d.masked_fill(~n, torch.inf).sort(1).values  # the negatives of each row, nearest first
+        d_n = d_n.sort(1).values
         beyond = torch.searchsorted(d_n.detach(), d.detach().contiguous(), right=True)
-        chosen = torch.minimum(beyond, n.sum(1, keepdim=True) - 1).clamp(min=0)
-        loss = (hinge(d - d_n.gather(1, chosen) + margin) * _rows_to_one(p, d.dtype)).sum(1)
-    else:  # one positive of every anchor at a time: N^2 numbers in memory, not N^3
-        count, w = p.sum(1, keepdim=True), _rows_to_one(n, d.dtype)
-        d_p = d.gather(1, p.int().argsort(dim=1, descending=True, stable=True))  # the positives of each row first
-
-        def of_kth_positive(k, d_p, d):
-            return (torch.where(k < count, hinge(d_p[:, k, None] - d + margin), 0) * w).sum(1)
-
-        parts = (checkpoint(of_kth_positive, k, d_p, d, use_reentrant=False) for k in range(max(1, count.max())))
-        loss = sum(parts) / count.squeeze(1).clamp(min=1)
-    return _reduce(loss, valid, reduction)
+        loss = hinges(d_p, d_n.gather(1, torch.minimum(beyond, N[:, None] - 1).clamp(min=0))) / P.clamp(min=1)
+    else:  # one positive of every anchor at a time, the farthest first: N^2 numbers in memory, not N^3
+        columns = d_p.sort(1, descending=True).values[:, : max(1, P.max())].split(1, dim=1)
+        loss = sum(checkpoint(hinges, d_k, d_n, use_reentrant=False) for d_k in columns) / (P * N).clamp(min=1)
+    return _reduce(loss, P * N > 0, reduction)
 
 
 def max_margin(z, y, margin=1.0, *, reduction="mean"):
