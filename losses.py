@@ -184,24 +184,23 @@ def _anchors(variant, a, y_a, tau, b=None, y_b=None, own=0):
     if len(a) * len(contrast) <= DENSE**2:
         return _dense(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0))
     y_a, y_b = y_a.clone(), y_b.clone()  # a memory may move on before the backward
-    sums, weight = _PositiveSums.apply(contrast if variant == "out" else contrast[:, :0], y_a, y_b, own)
+    lse, sums, weight = _Reductions.apply(a, b, y_a, y_b, own, variant)
     valid = weight != 0
     weight = weight.where(valid, 1)
-    lse = _LogSumExp.apply(a, b, *((None, None) if variant == "out" else (y_a, y_b)), own)
     loss = lse[0] - (a * sums).sum(1) / weight if variant == "out" else lse[0] - lse[1] + weight.log()
     return loss.where(valid, 0), valid
 
-def _tiles(a, b, y_a, y_b, own):
+def _tiles(a, b, y_a, y_b, own, variant):
     """Yields (I, J, both, mild, [scores]): blocks of anchors and of the contrast set, their s_ij, -inf for j = own + i.
 
-    With labels the scores of P(i) follow, weighed by w_ij, -inf for the rest. both: the tile, off the diagonal of a
+    For L_in the scores of P(i) follow, weighed by w_ij, -inf for the rest. both: the tile, off the diagonal of a
     mirror, stands for its transpose too. mild: |s_ij| < 40 by Cauchy and Schwarz, so exp can be added up without
     taking a maximum off, and exp of the scores is given; not for probabilities without own rows, whose w_ij may vanish.
     """
     mirror, size = b is None, TILE if a.device.type == "cpu" else 8 * TILE
-    b, y_b = (a, y_a) if mirror else (b, y_b)
+    b = a if mirror else b
     longest = [x.norm(dim=1).amax() for x in (a, b) if len(x)]
-    mild = len(longest) == 2 and (own is not None or y_a is None or y_a.ndim == 1) and bool(longest[0] * longest[1] < 40)
+    mild = len(longest) == 2 and (own is not None or variant == "out" or y_a.ndim == 1) and bool(longest[0] * longest[1] < 40)
     for i in range(0, len(a), size):
         I = slice(i, i + size)
         a_I = a[I] / math.log(2) if mild else a[I]  # exp2(s/log 2) is exp(s), and several times as fast on a CPU
@@ -209,7 +208,7 @@ def _tiles(a, b, y_a, y_b, own):
             J = slice(j, j + size)
             s = _fill(a_I @ b[J].T, None if own is None else own + i - j, -torch.inf)
             scores = [s.exp2_() if mild else s]
-            if y_a is not None:
+            if variant == "in":
                 w = _weights(y_a[I], y_b[J])
                 scores += [s * w if mild else s + w.log()]
             yield I, J, mirror and i < j, mild, scores
@@ -246,28 +245,35 @@ def _leaf(schema, fake):
 def _product(a, b):
     return a @ b
 
-SETS = "Tensor a, Tensor? b, Tensor? y_a, Tensor? y_b, SymInt? own"  # the anchors, their contrast set, the labels of both
+SETS = "Tensor a, Tensor? b, Tensor y_a, Tensor y_b, SymInt? own, str variant"  # anchors, contrast set, labels of both
 
-@_leaf(f"({SETS}) -> Tensor", lambda a, b, y_a, *rest: a.new_empty(1 if y_a is None else 2, len(a)))
-def _lse(a, b, y_a, y_b, own):
-    """log sum_j exp(s_ij) over A(i), and with labels over P(i) as well: (1 or 2, M); -inf where there is none."""
-    lse = a.new_full((1 if y_a is None else 2, len(a)), -torch.inf)
-    for I, J, both, mild, scores in _tiles(a, b, y_a, y_b, own):
+def _shapes(a, b, y_a, y_b, own, variant):
+    M, D = a.shape
+    return [a.new_empty(1 + (variant == "in"), M), a.new_empty(M, D * (variant == "out")), a.new_empty(M)]
+
+@_leaf(f"({SETS}) -> Tensor[]", _shapes)
+def _reductions(a, b, y_a, y_b, own, variant):
+    """What L_i is made of: log sum_j exp(s_ij) over A(i), for L_in over P(i) as well (1 or 2, M), -inf where there is
+    none; sum_j w_ij b_j over P(i), for L_out (M, D); and sum_j w_ij (M,)."""
+    rows = a if b is None else b
+    sums, weight = _positive_sums(rows if variant == "out" else rows[:, :0], y_a, y_b, own)
+    lse = a.new_full((1 + (variant == "in"), len(a)), -torch.inf)
+    for I, J, both, mild, scores in _tiles(a, b, y_a, y_b, own, variant):
         for lse_k, s in zip(lse, scores):
             for K, axis in ((I, 1), (J, 0)) if both else ((I, 1),):
                 lse_k[K] = torch.logaddexp(lse_k[K], s.sum(axis).log() if mild else s.logsumexp(axis))
-    return lse
+    return [lse, sums, weight]
 
 @_leaf(
-    f"({SETS}, Tensor lse, Tensor g, bool of_b) -> Tensor[]",
+    f"({SETS}, Tensor lse, Tensor g, Tensor g_sums, bool of_b) -> Tensor[]",
     lambda a, b, *rest: [torch.empty_like(x) for x in (a, b)[: 1 + rest[-1]]],
 )
-def _lse_grad(a, b, y_a, y_b, own, lse, g, of_b):
-    """The gradients of sum_ki g_ki lse_ki in a and, if of_b, in b."""
+def _reductions_grad(a, b, y_a, y_b, own, variant, lse, g, g_sums, of_b):
+    """The gradients in a and, if of_b, in b, from those of the lse, g, and of the sums, g_sums."""
     lse = lse.masked_fill(g == 0, torch.inf)  # -inf or far below where an anchor is left out, and 0 * inf is nan
     c = g * (-lse).exp()
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
-    for I, J, both, mild, scores in _tiles(a, b, y_a, y_b, own):
+    for I, J, both, mild, scores in _tiles(a, b, y_a, y_b, own, variant):
         for k, s in enumerate(scores):  # both: s_ij = s_ji, so g_i softmax_i(s)_j and g_j softmax_j(s)_i at once
             if mild:
                 part = s.mul_(c[k, I, None] + c[k, J] if both else c[k, I, None])
@@ -278,12 +284,10 @@ def _lse_grad(a, b, y_a, y_b, own, lse, g, of_b):
         grads[0][I].addmm_(w, (a if b is None else b)[J])
         if b is None or of_b:
             grads[-1][J].addmm_(w.T, a[I])
+    if variant == "out" and (b is None or of_b):
+        grads[-1] += _positive_sums(g_sums, y_b, y_a, None if own is None else -own)[0]
     return grads
 
-@_leaf(
-    "(Tensor rows, Tensor y_a, Tensor y_b, SymInt? own) -> Tensor[]",
-    lambda rows, y_a, *_: [rows.new_empty(len(y_a), rows.shape[1]), rows.new_empty(len(y_a))],
-)
 def _positive_sums(rows, y_a, y_b, own):
     """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums of the classes, less the pair (i, own + i)."""
     wide = torch.float32 if rows.device.type == "mps" else torch.float64  # thousands of rows are added up
@@ -304,34 +308,21 @@ def _positive_sums(rows, y_a, y_b, own):
         others.masked_fill_(others <= (1e-6 if wide == torch.float32 else 1e-12) * itself, 0)  # what rounding leaves
     return [x.to(rows.dtype, copy=True) for x in (sums[:, :-1], sums[:, -1])]
 
-class _PositiveSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, y_a, y_b, own):
-        ctx.save_for_backward(y_a, y_b)
-        ctx.own = own
-        sums, weight = _positive_sums(rows, y_a, y_b, own)
-        ctx.mark_non_differentiable(weight)
-        return sums, weight
-
-    @staticmethod
-    def backward(ctx, g, _):
-        y_a, y_b = ctx.saved_tensors
-        return _positive_sums(g, y_b, y_a, None if ctx.own is None else -ctx.own)[0], None, None, None
-
-class _LogSumExp(torch.autograd.Function):
+class _Reductions(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, ctx.own = inputs
-        lse = _lse(*inputs)
+        *tensors, ctx.own, ctx.variant = inputs
+        lse, sums, weight = _reductions(*inputs)
         ctx.save_for_backward(*tensors, lse)
-        return lse
+        ctx.mark_non_differentiable(weight)
+        return lse, sums, weight
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g, g_sums, _):
         _first_derivative_only()
         *tensors, lse = ctx.saved_tensors
-        grads = _lse_grad(*tensors, ctx.own, lse, g, ctx.needs_input_grad[1])
-        return *grads, *[None] * (5 - len(grads))
+        grads = _reductions_grad(*tensors, ctx.own, ctx.variant, lse, g, g_sums, ctx.needs_input_grad[1])
+        return *grads, *[None] * (6 - len(grads))
 
 def _first_derivative_only():
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
