@@ -60,21 +60,20 @@ def supcon_in(z, y, tau=0.1, *, denominator="all", positives_cap=None, views=2, 
 
 def nt_xent(z, tau=0.5, *, views=2, reduction="mean"):
     """SimCLR's NT-Xent, L_self (A eq. 1): L_out where only the other views of an image are its positives."""
-    _check(z, views=views)
     return supcon_out(z, _image_index(z, views), tau, reduction=reduction)
 
 def _supcon(variant, z, y, tau, denominator, positives_cap, views):
     """(L_i of every row, whether it counts), each (N,)."""
-    _check(z, y, tau, 1 if positives_cap is None else views, soft=True)
+    _check(z, y, soft=True)
     _check_word("denominator", denominator, ("all", "one_positive", "negatives"))
     if denominator == "all" and positives_cap is None:
         return _anchors(variant, z, y, tau)
     _require(y.ndim == 1, "class probabilities y (N, C) go with denominator='all' and no positives_cap alone")
-    p, n = _positives_negatives(y)
+    p, n = _positives_negatives(z, y)
     if positives_cap is not None:
+        image = _image_index(z, views)
         fits = positives_cap >= 0 and positives_cap % views == 0
         _require(fits, "positives_cap must be a multiple of views = {} and not negative, got {}", views, positives_cap)
-        image = _image_index(z, views)
         others = (p & (image[:, None] != image)).unflatten(1, (views, -1))  # (N, V, n): each view, in batch order
         p = p & (image[:, None] == image) | (others & (others.cumsum(2) <= positives_cap // views)).flatten(1)
     return _dense(variant, _scores(z, tau).masked_fill(~(p | n), ABSENT), p, denominator)
@@ -111,7 +110,7 @@ def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="ou
     sides get gradients. Returns a scalar, or (M,) values.
     """
     _check_word("variant", variant, ("out", "in"))
-    _check(z, y, tau, soft=True)
+    _check(z, y, soft=True)
     _check_contrast(z, y, contrast, y_contrast)
     last = len(contrast) - len(z)
     fits = own is None or isinstance(own, int) and 0 <= own <= last
@@ -351,9 +350,8 @@ def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"
             "semihard"  every positive with the nearest negative beyond it, or, if none is, the farthest one
     soft replaces the hinge [u]_+ by log(1 + e^u). An anchor needs a positive and a negative.
     """
-    _check(z, y)
     _check_word("mining", mining, ("all", "hard", "semihard"))
-    p, n = _positives_negatives(y)
+    p, n = _positives_negatives(z, y)
     P, N = p.sum(1), n.sum(1)
     d = _squared_distances(z)
     d_p, d_n = d.masked_fill(~p, -torch.inf), d.masked_fill(~n, torch.inf)  # what is absent has a hinge of 0
@@ -381,8 +379,7 @@ def max_margin(z, y, margin=1.0, *, reduction="mean"):
 
     D is the Euclidean distance. Not the "max-margin" rows of the paper's tables: those are L-Softmax.
     """
-    _check(z, y)
-    p, n = _positives_negatives(y)
+    p, n = _positives_negatives(z, y)
     z = _widen(z)
     D = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")  # its gradient at D = 0 is 0
     pair = torch.where(p, D.square() / 2, 0) + torch.where(n, F.relu(margin - D).square() / 2, 0)
@@ -395,16 +392,14 @@ def max_margin(z, y, margin=1.0, *, reduction="mean"):
 
 def hard_contrastive(z, tau, k, *, views=2, reduction="mean"):
     """L_hard (B eq. 9): NT-Xent in which each anchor keeps only the k negatives nearest to it."""
-    _check(z, tau=tau, views=views)
-    p, n = _positives_negatives(_image_index(z, views))
+    p, n = _positives_negatives(z, _image_index(z, views))
     s = _scores(z, tau)
     return _reduce(*_dense("out", s.masked_fill(~(p | _nearest_negatives(s, n, k)), ABSENT), p), reduction)
 
 
 def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
     """L_simple (B eq. 3): -mean_{p in P(i)} s_ip + lam sum_{j in N(i)} s_ij; k keeps the k nearest negatives."""
-    _check(z, views=views)
-    p, n = _positives_negatives(_image_index(z, views))
+    p, n = _positives_negatives(z, _image_index(z, views))
     s = _scores(z)
     n = n if k is None else _nearest_negatives(s, n, k)
     loss, valid = lam * (n * s).sum(1) - (_rows_to_one(p, s.dtype) * s).sum(1), p.any(1)
@@ -431,8 +426,7 @@ def alignment(z, *, views=2):
 
 def tolerance(z, y):
     """B eq. 11 over the pairs of one label: the mean of s_ij over all i != j with y_i = y_j; 0 if there is none."""
-    _check(z, y)
-    p, _ = _positives_negatives(y)
+    p, _ = _positives_negatives(z, y)
     return (p * _scores(z)).sum() / p.sum().clamp(min=1)
 
 
@@ -448,7 +442,7 @@ def supcon_sharded(z, y, tau=0.1, *, queue=None, variant="out"):
     all ranks. Without a process group this is the loss of one process.
     """
     _check_word("variant", variant, ("out", "in"))
-    _check(z, y, tau, soft=True)
+    _check(z, y, soft=True)
     if queue is None and _world_size() == 1:
         return _reduce(*_anchors(variant, z, y, tau), "mean")
     (contrast, own), (y_contrast, _) = _gather(z), _gather(y)
@@ -537,6 +531,7 @@ def _squared_distances(z):
 
 def _over_root(z, tau):
     """z / sqrt(tau), whose products are s_ij/tau: so a tensor tau gets its gradient."""
+    _check_tau(tau)
     z = _widen(z)
     return z * (tau.to(z.dtype) if isinstance(tau, Tensor) else float(tau)) ** -0.5
 
@@ -549,8 +544,9 @@ def _fill(s, own, value):
         s.diagonal(own).fill_(value)
     return s
 
-def _positives_negatives(y):
-    """P(i) and N(i) as the rows of two boolean (N, N)."""
+def _positives_negatives(z, y):
+    """P(i) and N(i) as the rows of two boolean (N, N), for labels y (N,) that fit z."""
+    _check(z, y)
     same = _weights(y, y)
     return _fill(same.clone(), 0, False), ~same
 
@@ -559,6 +555,7 @@ def _weights(y, y_b):
     return y[:, None] == y_b if y.ndim == 1 else _product(y, y_b.T)
 
 def _image_index(z, views):
+    _check(z, views=views)
     return torch.arange(len(z) // views, device=z.device).repeat(views)
 
 def _nearest_negatives(s, n, k):
@@ -576,14 +573,13 @@ def _reduce(loss, valid, reduction):
     _check_word("reduction", reduction, ("mean", "none"))
     return loss if reduction == "none" else loss.sum() / valid.count_nonzero().clamp(min=1)
 
-def _check(z, y=None, tau=1.0, views=1, soft=False):
+def _check(z, y=None, views=1, soft=False):
     _require(z.ndim == 2, "z must be (N, D), got {}", z)
     if y is not None:
         fits = isinstance(y, Tensor) and y.ndim in (1, 1 + soft) and len(y) == len(z) and y.shape[1:] != (1,)
         got = y if isinstance(y, Tensor) else type(y).__name__
         _require(fits, "y must be a tensor with one label for each row of z {}, got {}", z, got)
     _require(views > 0 and len(z) % views == 0, "the rows of z {} must be a multiple of views >= 1, got views = {}", z, views)
-    _check_tau(tau)
 
 def _check_contrast(z, y, contrast, y_contrast):
     _check(contrast, y_contrast, soft=True)
