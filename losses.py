@@ -402,7 +402,7 @@ def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
     p, n = _positives_negatives(z, _image_index(z, views))
     s = _scores(z)
     n = n if k is None else _nearest_negatives(s, n, k)
-    loss, valid = lam * (n * s).sum(1) - (_rows_to_one(p, s.dtype) * s).sum(1), p.any(1)
+    valid, loss = p.any(1), lam * (n * s).sum(1) - (p * s).sum(1) / p.sum(1).clamp(min=1)
     return _reduce(loss.where(valid, 0), valid, reduction)
 
 
@@ -563,10 +563,6 @@ def _nearest_negatives(s, n, k):
     _require(k > 0, "k must be at least 1, got {}", k)
     top = s.detach().masked_fill(~n, -torch.inf).topk(min(k, len(s)), dim=1).indices
     return n & torch.zeros_like(n).scatter(1, top, True)
-
-def _rows_to_one(w, dtype):
-    """Weights, or a boolean choice, of each row divided by their sum; a row of zeros stays zero."""
-    return w / w.sum(1, keepdim=True, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
 
 def _reduce(loss, valid, reduction):
     """The mean over the valid rows, 0 if there is none; or every row's value. The loss of the others is 0 already."""
