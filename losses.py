@@ -198,8 +198,8 @@ def _tiles(a, b, y_a, y_b, own, variant):
     """
     mirror, size = b is None, TILE if a.device.type == "cpu" else 8 * TILE
     b = a if mirror else b
-    longest = [x.norm(dim=1).amax() for x in (a, b) if len(x)]
-    mild = len(longest) == 2 and (own is not None or variant == "out" or y_a.ndim == 1) and bool(longest[0] * longest[1] < 40)
+    longest = a.norm(dim=1).amax() * b.norm(dim=1).amax()  # a set without rows takes the dense form
+    mild = (own is not None or variant == "out" or y_a.ndim == 1) and bool(longest < 40)
     for i in range(0, len(a), size):
         I = slice(i, i + size)
         a_I = a[I] / math.log(2) if mild else a[I]  # exp2(s/log 2) is exp(s), and several times as fast on a CPU

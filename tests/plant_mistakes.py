@@ -46,7 +46,7 @@ MISTAKES = [
     ("tiles: the mirror's columns forgotten", "((I, 1), (J, 0)) if both else ((I, 1),)", "((I, 1),)"),
     ("tiles: the mirror's role forgotten", "c[k, I, None] + c[k, J] if both else c[k, I, None]", "c[k, I, None]"),
     ("tiles: the same at large scores", "part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if both else part", "pass"),
-    ("tiles: no maximum at large scores", "longest[1] < 40)", "longest[1] < 40**9)"),
+    ("tiles: no maximum at large scores", "bool(longest < 40)", "bool(longest < 40**9)"),
     ("tiles: an anchor that is left out weighs", "masked_fill(g == 0, torch.inf)", "masked_fill(lse == -torch.inf, torch.inf)"),
     ("distances of rows as they lie", "_scores(z - z.mean(0))", "_scores(z)"),
     ("tiles: the mean's contrasts detached", "grads[-1] += _positive_sums(", "grads[-1] += 0 * _positive_sums("),
