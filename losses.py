@@ -547,8 +547,7 @@ def _fill(s, own, value):
 def _positives_negatives(z, y):
     """P(i) and N(i) as the rows of two boolean (N, N), for labels y (N,) that fit z."""
     _check(z, y)
-    same = _weights(y, y)
-    return _fill(same.clone(), 0, False), ~same
+    return _fill(y[:, None] == y, 0, False), y[:, None] != y
 
 def _weights(y, y_b):
     """w_ij (M, N): whether the labels are one, or the inner product of the class probabilities."""
