@@ -219,6 +219,8 @@ def _leaf(schema, fake):
 
     def wrap(f):
         def exact(a, *rest):
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (a, *rest)):
+                raise RuntimeError("the losses have no second derivative: differentiate them without create_graph=True")
             backend = (torch.backends.cuda if a.is_cuda else torch.backends.mkldnn).matmul
             precision = backend.fp32_precision
             if precision in ("ieee", "none") and not torch.is_autocast_enabled(a.device.type):
@@ -318,14 +320,9 @@ class _Reductions(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, g_sums, _):
-        _first_derivative_only()
         *tensors, lse = ctx.saved_tensors
         grads = _reductions_grad(*tensors, ctx.own, ctx.variant, lse, g, g_sums, ctx.needs_input_grad[1])
         return *grads, *[None] * (6 - len(grads))
-
-def _first_derivative_only():
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("the losses have no second derivative: differentiate them without create_graph=True")
 
 
 # ---------------------------------------------------------------- what came before: pairs, triplets, N-pairs
@@ -512,7 +509,6 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        _first_derivative_only()
         a, b = ctx.saved_tensors
         if b is None:
             return _product(g + g.T, a), None, None
