@@ -176,11 +176,10 @@ DENSE = 512  # up to DENSE x DENSE scores take the dense form, which is faster t
 def _anchors(variant, a, y_a, tau, b=None, y_b=None, own=0):
     """As _dense, for anchors a against b, or themselves without b. Row own + i of b is anchor i; own None: no row is."""
     a = _over_root(a, tau)
-    b = None if b is None else _over_root(b, tau).to(a.dtype)
-    contrast, y_b = (a, y_a) if b is None else (b, y_b)
+    b, y_b = (None, y_a) if b is None else (_over_root(b, tau).to(a.dtype), y_b)
     if y_a.ndim == 2:
         y_a, y_b = y_a.detach().to(a.dtype), y_b.detach().to(a.dtype)
-    if len(a) * len(contrast) <= DENSE**2:
+    if len(y_a) * len(y_b) <= DENSE**2:
         return _dense(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0))
     y_a, y_b = y_a.clone(), y_b.clone()  # a memory may move on before the backward
     lse, sums, weight = _Reductions.apply(a, b, y_a, y_b, own, variant)
