@@ -213,8 +213,8 @@ def _tiles(a, b, y_a, y_b, own, variant):
 
 def _leaf(schema, fake):
     """Runs a function of tensors without autocast, TF32 and bfloat16 products, whatever the surroundings say (the last
-    two for the whole process meanwhile), and as one node of a compiled graph, where tiles would unroll. fake makes its
-    results' shapes."""
+    two for the whole process meanwhile), as one node of a compiled graph, where tiles would unroll (fake makes its
+    results' shapes), and without a derivative."""
 
     def wrap(f):
         def exact(a, *rest):
