@@ -174,7 +174,7 @@ TILE = 512  # rows and columns of scores in memory at a time, eight times that o
 DENSE = 512  # up to DENSE x DENSE scores take the dense form, which is faster there
 
 def _anchors(variant, a, y_a, tau, b=None, y_b=None, own=0):
-    """As _dense, for anchors a against b, or themselves without b. Row own + i of b is anchor i; own None: no row is."""
+    """As _dense, for anchors a against b, or themselves without b. Row own + i of b is anchor i; own None: none is."""
     a = _over_root(a, tau)
     b, y_b = (None, y_a) if b is None else (_over_root(b, tau).to(a.dtype), y_b)
     if y_a.ndim == 2:
@@ -569,7 +569,7 @@ def _check(z, y=None, views=1, soft=False):
         fits = isinstance(y, Tensor) and y.ndim in (1, 1 + soft) and len(y) == len(z) and y.shape[1:] != (1,)
         got = y if isinstance(y, Tensor) else type(y).__name__
         _require(fits, "y must be a tensor with one label for each row of z {}, got {}", z, got)
-    _require(views > 0 and len(z) % views == 0, "the rows of z {} must be a multiple of views >= 1, got views = {}", z, views)
+    _require(views > 0 and len(z) % views == 0, "the rows of z {} must be a multiple of views >= 1, got {}", z, views)
 
 def _check_contrast(z, y, contrast, y_contrast):
     _check(contrast, y_contrast, soft=True)
@@ -579,7 +579,7 @@ def _check_contrast(z, y, contrast, y_contrast):
     _require(fits, "contrast {} does not go with z {}, or labels {} {} with {} {}", contrast, z, *labels)
 
 def _check_tau(tau):
-    fits = tau.ndim == 0 if isinstance(tau, Tensor) else tau > 0  # a tensor's value is not read: that would break compilation
+    fits = tau.ndim == 0 if isinstance(tau, Tensor) else tau > 0  # reading a tensor's value would break compilation
     _require(fits, "tau must be a positive number, or a tensor without an axis, got {}", tau)
 
 def _check_word(name, word, words):

@@ -24,7 +24,7 @@ MISTAKES = [
     ("forget log|P| in L_in", "log_X - weight.log()[:, None]", "log_X"),
     ("L_in: X of all rows, not of P(i)", "log_X = log_e.where(p, ABSENT)", "log_X = log_e"),
     ("detach the contrasts", "_product(g + g.T, a)", "_product(g, a)"),
-    ("another set: its gradient", "return _product(g, b), _product(g.T, a), None", "return _product(g, b), 0 * b, None"),
+    ("another set: its gradient", "return _product(g, b), _product(g.T, a) if", "return _product(g, b), 0 * b if"),
     (
         "last view off by one image",
         "return torch.arange(len(z) // views, device=z.device).repeat(views)",
