@@ -463,8 +463,8 @@ def global_mean(values, valid):
 def all_gather_rows(z):
     """The rows (n_r, ...) of every rank r, features or labels, in the order of the ranks, with gradients.
 
-    A loss of all gathered rows, computed alike on every rank, has the global value and, after
-    DistributedDataParallel's averaging, the global gradient. Shards may be unequal or empty.
+    A loss of all gathered rows, computed alike on every rank, has the global value and, after DistributedDataParallel's
+    averaging, the global gradient: the backward sums W equal gradients, DDP divides. Shards may be unequal or empty.
     """
     return _gather(z)[0]
 
