@@ -7,6 +7,7 @@ do not depend on how a batch falls to ranks, nor on whether a run was interrupte
 import functools
 import math
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -381,16 +382,18 @@ def worker_batches(views, batches, workers):
     Raises Refused where a worker is killed. Torch's own handler would raise wherever the process is, amid a step as well.
     """
     context = {"multiprocessing_context": "fork", "prefetch_factor": 4} if workers else {}
-    before = signal.getsignal(signal.SIGCHLD) if workers else None
+    handled = workers and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if handled else None
     source = iter(torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, **context))
-    if workers:
+    if handled:
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     try:
         yield from source
-    except RuntimeError as e:
-        if not str(e).startswith("DataLoader worker"):
+    except (RuntimeError, OSError, EOFError) as e:
+        unheard = isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) and not str(e).startswith("Caught ")  # by a worker
+        if not (unheard or str(e).startswith("DataLoader worker")):
             raise
-        raise Refused("a process that reads images was killed, for want of memory perhaps: lower --workers, or give /dev/shm more room") from e
+        raise Refused("a process that reads images is gone, for want of memory perhaps: lower --workers, or give /dev/shm more room") from e
 
 
 def mixed(x, labels, num_classes, how, alpha, g):

@@ -43,7 +43,7 @@ from images import (
 from metrics import knn_top1
 from options import complete_from_data, complete_options, pretraining_options, read, require_same_data, run_command
 from recipes import PRESETS, describe, learning_rate, make_optimizer
-from run_folder import Journal, checkpoint_of, describe_run, load_state, refusal_of, refuse_unusable, say, signals_noted
+from run_folder import Journal, checkpoint_of, describe_run, is_first, load_state, refusal_of, refuse_unusable, say, signals_noted
 
 # ---------------------------------------------------------------- encoder, projection head, classifier head
 
@@ -202,13 +202,13 @@ def choose_device(name):
 
 def setup_ranks(device):
     """(rank, world, device). torchrun's environment makes a process group; without it there is none."""
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, device
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:  # ranks wait for one that downloads or reads, for longer than the usual minutes; torchrun notices one that is gone
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     except (ValueError, RuntimeError) as e:
         raise Refused("LOCAL_RANK is set, but torchrun's other variables make no process group: start with torchrun, or unset it") from e
     return dist.get_rank(), dist.get_world_size(), device
@@ -261,7 +261,7 @@ def load(config, download):
     """(training set, test set or None) as the options want them; the test set on rank 0 alone, which takes the k-NN accuracy."""
     source, test = {"size": config.size, "download": download, "stream": config.stream}, None
     data = load_data(config.dataset, config.data, True, limit=config.limit, **source)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         with contextlib.suppress(Missing):
             test = load_data(config.dataset, config.data, False, **source)
     if test is not None:
@@ -358,8 +358,7 @@ def train_on_rank(config, resume, rank, world, device):
 
     fast = config.precision == "bfloat16" or (config.precision == "auto" and bfloat16_is_fast(device))
     autocast = torch.bfloat16 if fast else None
-    if config.precision == "float32":
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # TF32 otherwise
+    torch.backends.cudnn.allow_tf32 = config.precision != "float32"
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     model = build_model(config, autocast).to(device, dtype, memory_format=torch.channels_last)
     if config.sync_bn and world > 1 and device.type == "cuda":

@@ -220,12 +220,13 @@ def main(path, corrupted, baseline, data, download, limit, seed, figure, device)
     ours = classifiers[0]
     if classifiers[-1].classes != ours.classes or classifiers[-1].size != ours.size:
         raise Refused(f"--baseline {baseline} was fitted to other classes or another image size than {path}: name one of the same data set")
-    kind = ([corrupted.resolve().name] if corrupted else []) + [f"first{limit}"] * bool(limit) + [f"s{seed}"] * bool(seed)
+    own = ours.frozen.config["data"]
+    data = data or own
+    kind = [Path(data).resolve().name] * (data != own) + ([corrupted.resolve().name] if corrupted else []) + [f"first{limit}"] * bool(limit) + [f"s{seed}"] * bool(seed)
     stem = paths[0].stem.replace("classifier", "robustness", 1)
     report = paths[0].with_name("-".join([stem, *kind]) + ".json")  # no test overwrites another's
     if not os.access(report.parent, os.W_OK):
         raise Refused(f"{report.parent} cannot be written: copy the classifier to a folder that can")
-    data = data or ours.frozen.config["data"]
     all_labels = corrupted and (corrupted / "labels.npy").exists()  # CIFAR-10-C's are compared with them
     test = load_data(ours.dataset, data, False, size=ours.size, download=download, limit=None if all_labels else limit)
     if list(test.classes) != list(ours.classes):
@@ -240,7 +241,9 @@ def main(path, corrupted, baseline, data, download, limit, seed, figure, device)
     if missing:
         say(f"{len(source.names)} of the benchmark's 15 corruptions; not here: {', '.join(missing)}")
     part = report.with_suffix(".part")
-    about = {"classifiers": [fingerprint(c) for c in classifiers], "kind": source.kind, "images": len(test.labels), "seed": seed, "limit": limit}
+    about = {"classifiers": [fingerprint(c) for c in classifiers], "kind": source.kind, "names": list(source.names), "clean": [list(c) for c in clean],
+             "data": str(Path(data).resolve()), "seed": seed, "limit": limit, "torch": torch.__version__,
+             "corrupted": corrupted and [[str(p.resolve()), p.stat().st_mtime] for p in sorted(corrupted.iterdir())]}  # fmt: skip
     errors, ece = taken_up(part, about) or ([{} for _ in classifiers] for _ in range(2))
     left_out = [name for name in source.names if name not in errors[0]]
     start = time.perf_counter()
@@ -274,7 +277,7 @@ def taken_up(part, about):
         found = json.loads(part.read_text())
         if found | about == found:
             return found["errors"], found["ece"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, KeyError):
         pass
 
 

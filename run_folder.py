@@ -176,9 +176,14 @@ class RunFolder:
         self.lock.close()
 
 
+def is_first():
+    """Whether this is rank 0, or no rank of a torchrun at all."""
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
 def say(words, err=False):
-    """Prints once, whatever the number of ranks. A terminal that is gone, or a pipe that is closed, ends no run."""
-    if os.environ.get("RANK", "0") != "0":
+    """Prints once, whatever the number of ranks. A pipe that nobody reads any more ends no run."""
+    if not is_first():
         return
     try:
         click.echo(words, err=err)

@@ -461,6 +461,17 @@ def test_an_interrupted_test_goes_on_where_it_was(probed, tmp_path, monkeypatch,
     assert len(calls) == 24 + 50 - 20 and not list(tmp_path.glob("*.part"))
 
 
+def test_only_the_same_test_is_taken_up(tmp_path):
+    part, about = tmp_path / "robustness.part", {"clean": [[0.1, 0.01]], "data": "a"}
+    part.write_text(json.dumps(about | {"errors": [{"fog": [0.5] * 5}], "ece": [{"fog": [0.1] * 5}]}))
+    assert robustness.taken_up(part, about) == ([{"fog": [0.5] * 5}], [{"fog": [0.1] * 5}])
+    assert robustness.taken_up(part, about | {"data": "b"}) is None and robustness.taken_up(part, about | {"clean": [[0.2, 0.01]]}) is None
+    for damaged in ("", "[]", "{"):
+        part.write_text(damaged)
+        assert robustness.taken_up(part, about) is None
+    assert robustness.taken_up(tmp_path / "none", about) is None
+
+
 def test_corruptions_made_here_are_reported_as_such(probed, capsys):
     result = robustness.main([str(probed), "--limit", "40", "--baseline", str(probed)], standalone_mode=False)
     out = capsys.readouterr().out

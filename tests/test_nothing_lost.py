@@ -66,7 +66,7 @@ def test_a_signal_saves_and_ends_with_the_command_that_goes_on(word, long, tmp_p
     assert log_of(run) == log_of(long) and same_bits(state_of(run), state_of(long))
 
 
-def test_a_terminal_that_is_gone_ends_no_run(long, tmp_path):
+def test_output_that_nobody_reads_any_more_ends_no_run(long, tmp_path):
     run = tmp_path / "run"
     process = start("pretrain.py", *LONG, "--run-dir", run, output=subprocess.PIPE)
     wait_for_step(run, 9, process)
@@ -77,13 +77,11 @@ def test_a_terminal_that_is_gone_ends_no_run(long, tmp_path):
 
 
 def test_a_reader_that_is_killed_ends_the_run_at_its_last_step(tmp_path):
-    folder_of(tmp_path, ["train"], ["a", "b"])
+    folder_of(tmp_path, ["train"], ["a", "b"], count=1000)  # an epoch of 500 steps, for readers begin anew in every epoch
     run = tmp_path / "run"
-    process = start("pretrain.py", *FOLDER, "--stream", "--epochs", "2000", "--log-every", "1", "--data", tmp_path, "--run-dir", run, output=subprocess.PIPE)
+    process = start("pretrain.py", *FOLDER, "--stream", "--log-every", "1", "--data", tmp_path, "--run-dir", run, output=subprocess.PIPE)
     wait_for_step(run, 9, process)
-    readers = []
-    while not readers:  # they begin anew in every epoch
-        readers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    readers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(readers[0]), signal.SIGKILL)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2 and err.count("\n") == 1 and "lower --workers" in err

@@ -78,7 +78,7 @@ def test_a_probe_leaves_the_checkpoint_and_the_encoder_as_they_were(trained):
     result = linear_probe.main([str(trained / "ckpt.pt"), "--limit", "300", "--epochs", "3", "--baselines"], standalone_mode=False)
     assert (trained / "ckpt.pt").read_bytes() == before
     assert linear_probe.fingerprint(linear_probe.load_encoder(trained / "ckpt.pt", torch.device("cpu")).encoder) == bits
-    assert json.loads((trained / "probe.json").read_text())["top1"] == result["top1"]
+    assert json.loads((trained / "probe-first300.json").read_text())["top1"] == result["top1"]
     assert {"raw_pixels_top1", "untrained_encoder_top1"} <= result.keys()
     frozen.encoder.train()(torch.rand(2, 3, 16, 16))
     assert linear_probe.fingerprint(frozen.encoder) != bits  # batch-norm statistics count
@@ -94,7 +94,7 @@ def test_probe_metrics_by_hand():
 def test_transfer_resizes_another_data_set_to_the_checkpoints_size(trained, tmp_path):
     folder_of(tmp_path, ["train", "test"], ["dark", "light"])
     result = linear_probe.main([str(trained / "ckpt.pt"), "--dataset", "folder", "--data", str(tmp_path)], standalone_mode=False)
-    assert result["top1"] == 100 and result["test_images"] == 8 and (trained / "probe-folder.json").exists()
+    assert result["top1"] == 100 and result["test_images"] == 8 and (trained / f"probe-folder-{tmp_path.name}.json").exists()
 
 
 @pytest.mark.parametrize("augment", ["sim", "auto"])
