@@ -48,6 +48,8 @@ MISTAKES = [
     ("tiles: the same at large scores", "part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if both else part", "pass"),
     ("tiles: no maximum at large scores", "bool(longest < 40)", "bool(longest < 40**9)"),
     ("tiles: an anchor that is left out weighs", "masked_fill(g == 0, torch.inf)", "masked_fill(lse == -torch.inf, torch.inf)"),
+    ("triplet: an absent negative is near", "d.masked_fill(~n, torch.inf)", "d.masked_fill(~n, 0)"),
+    ("triplet: semihard takes a negative as far as the positive", "right=True)", "right=False)"),
     ("distances of rows as they lie", "_scores(z - z.mean(0))", "_scores(z)"),
     ("tiles: the mean's contrasts detached", "grads[-1] += _positive_sums(", "grads[-1] += 0 * _positive_sums("),
     ("tiles: which side wants a gradient", "if b is None or of_b:", "if b is None:"),
