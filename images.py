@@ -390,8 +390,8 @@ def worker_batches(views, batches, workers):
     try:
         yield from source
     except (RuntimeError, OSError, EOFError) as e:
-        unheard = isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) and not str(e).startswith("Caught ")  # by a worker
-        if not (unheard or str(e).startswith("DataLoader worker")):
+        gone = isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) or str(e).startswith("DataLoader worker")
+        if not gone or str(e).startswith("Caught "):  # which a worker says that is still there
             raise
         raise Refused("a process that reads images is gone, for want of memory perhaps: lower --workers, or give /dev/shm more room") from e
 

@@ -36,7 +36,7 @@ from metrics import best_temperature, confusion, knn_top1, per_class, reliabilit
 from options import NOT_NEGATIVE, POSITIVE, Finite, refuse_two_rates, run_command
 from pretrain import bfloat16_is_fast, build_encoder, choose_device, encode, encode_images
 from recipes import PRESETS, as_option, learning_rate, make_optimizer
-from run_folder import load_checkpoint, load_plain, load_state, say, write_aside
+from run_folder import load_checkpoint, load_plain, load_state, say, suffix, write_aside
 
 LRS, DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3, 1e-2)  # the grid, on standardised features
 HELD_OUT = 0.1
@@ -299,8 +299,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
     own, before = (frozen.config["dataset"], frozen.config["data"]), fingerprint(frozen)
     dataset, data = dataset or own[0], data or own[1]
     elsewhere = data != own[1] and dataset in (own[0], "folder")
-    kind = [dataset] * (dataset != own[0]) + [Path(data).resolve().name] * elsewhere + [f"{fraction:g}"] * (fraction < 1)
-    suffix = "".join(f"-{part}" for part in (*kind, *[f"first{limit}"] * bool(limit), *[recipe] * bool(recipe)))  # no probe overwrites another's files
+    kind = suffix(dataset != own[0] and dataset, elsewhere and Path(data).resolve().name, fraction < 1 and f"{fraction:g}", limit and f"first{limit}", recipe)
     frozen.config |= {"data": data} | ({"normalize_encoder": True} if l2_normalize else {})
     source = {"size": frozen.size, "download": download, "stream": frozen.config.get("stream", False) and dataset == "folder"}
     train, test = load_data(dataset, data, True, limit=limit, **source), load_data(dataset, data, False, **source)
@@ -318,7 +317,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
     found = probe(r_train, y_train, len(train.classes), cells, fit, augmented)
     if fingerprint(frozen) != before:
         raise RuntimeError("the encoder changed while it was probed")
-    write_classifier(folder, suffix, dataset, frozen, found, train.classes)
+    write_classifier(folder / f"classifier{kind}.pt", dataset, frozen, found, train.classes)
     if found.held_out_top1 is None:
         say("no class has two images: nothing to choose with, so the first learning rate and weight decay are taken", err=True)
     scores = found.classifier(r_test)
@@ -352,12 +351,12 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, fraction, 
         "torch": torch.__version__,
     }
     announce(result, frozen.config["loss"])
-    write_json(folder / f"probe{suffix}.json", result)
+    write_json(folder / f"probe{kind}.json", result)
     if figure:
-        say(draw_probe(checkpoint.with_name(f"probe{suffix}.png"), result, confusion(scores, y_test), r_test, y_test, test.classes))
+        say(draw_probe(checkpoint.with_name(f"probe{kind}.png"), result, confusion(scores, y_test), r_test, y_test, test.classes))
     if with_baselines:
         result |= baselines(frozen, train, test, cells, fit)
-        write_json(folder / f"probe{suffix}.json", result)
+        write_json(folder / f"probe{kind}.json", result)
     return result
 
 
@@ -392,7 +391,7 @@ def announce(result, loss):
         say(f"  {percent:5.1f} % of {true} taken for {predicted}")
 
 
-def write_classifier(folder, suffix, dataset, frozen, found, classes):
+def write_classifier(path, dataset, frozen, found, classes):
     contents = {
         "format": FORMAT,
         "config": frozen.config,
@@ -405,7 +404,7 @@ def write_classifier(folder, suffix, dataset, frozen, found, classes):
         "temperature": found.temperature,
         "classes": classes,
     }
-    write(folder / f"classifier{suffix}.pt", lambda f: torch.save(contents, f))
+    write(path, lambda f: torch.save(contents, f))
 
 
 def write_json(path, contents):

@@ -16,7 +16,7 @@ import click
 import torch
 from click.core import ParameterSource
 
-from images import DATASETS, POLICIES, Refused
+from images import DATASETS, POLICIES, SMALL, Refused
 from recipes import LOSSES, PRESETS, describe
 from run_folder import newest_checkpoint, say
 
@@ -226,7 +226,7 @@ def complete_options(config, world):
 def complete_from_data(config, data):
     """Fills in the defaults that depend on the data, and refuses data that the options do not fit."""
     n, size, C = len(data.labels), data.images.shape[-1], len(data.classes)
-    fill_in(config, {"size": size, "stem": "3x3" if size <= 64 else "7x7", "num_classes": C})
+    fill_in(config, {"size": size, "stem": "3x3" if size <= SMALL else "7x7", "num_classes": C})
     lone = config.loss == "n-pair" and torch.bincount(data.labels, minlength=C).min() < 2
     labelled = config.loss != "simclr" or config.ce_weight
     refuse([

@@ -29,7 +29,7 @@ from linear_probe import fingerprint, load_classifier, write_json
 from metrics import reliability
 from options import run_command
 from pretrain import choose_device
-from run_folder import say
+from run_folder import say, suffix
 
 SEVERITIES = range(1, 6)
 ALEXNET_CLEAN = 0.43478  # top-1 error of torchvision's AlexNet
@@ -222,9 +222,8 @@ def main(path, corrupted, baseline, data, download, limit, seed, figure, device)
         raise Refused(f"--baseline {baseline} was fitted to other classes or another image size than {path}: name one of the same data set")
     own = ours.frozen.config["data"]
     data = data or own
-    kind = [Path(data).resolve().name] * (data != own) + ([corrupted.resolve().name] if corrupted else []) + [f"first{limit}"] * bool(limit) + [f"s{seed}"] * bool(seed)
-    stem = paths[0].stem.replace("classifier", "robustness", 1)
-    report = paths[0].with_name("-".join([stem, *kind]) + ".json")  # no test overwrites another's
+    kind = suffix(data != own and Path(data).resolve().name, corrupted and corrupted.resolve().name, limit and f"first{limit}", seed and f"s{seed}")
+    report = paths[0].with_name(paths[0].stem.replace("classifier", "robustness", 1) + kind + ".json")
     if not os.access(report.parent, os.W_OK):
         raise Refused(f"{report.parent} cannot be written: copy the classifier to a folder that can")
     all_labels = corrupted and (corrupted / "labels.npy").exists()  # CIFAR-10-C's are compared with them

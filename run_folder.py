@@ -193,6 +193,11 @@ def say(words, err=False):
         os.close(nowhere)
 
 
+def suffix(*kinds):
+    """Of the name of a file that stands beside others of its sort: "-a-b" of those kinds that there are."""
+    return "".join(f"-{kind}" for kind in kinds if kind)
+
+
 def write_aside(path, write, keep_as=None):
     """write(file) into a file beside `path`, which then takes its place, and what stood there that of `keep_as`."""
     aside = path.with_suffix(".tmp")
