@@ -1,12 +1,8 @@
-"""Puts the project's folder on the path (it is no package) and keeps hypothesis light."""
+"""What all tests share: hypothesis kept light, and the small runs that many tests look at."""
 import os
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 settings.register_profile("light", deadline=None, max_examples=60, derandomize="CI" in os.environ)
 settings.load_profile("light")
@@ -21,3 +17,12 @@ def trained(tmp_path_factory):
     done = python("pretrain.py", *SMALL, "--run-dir", run)
     assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.fixture(scope="session")
+def probed(trained):
+    """A classifier that was probed in the folder of `trained`, for tests that do not change it."""
+    import linear_probe
+
+    linear_probe.main([str(trained), "--limit", "400", "--epochs", "3"], standalone_mode=False)
+    return trained / "classifier-first400.pt"

@@ -90,6 +90,22 @@ BAD = [
     (["--dataset", "folder", "--data", "d" * 300], "cannot be read"),
     (["--proj-dim", "99999999999999999999"], "--proj-dim"),
     (["--batch", "9" * 400], "--batch"),
+    (["--lr", "1", "--lr-per-256", "1"], "leave one out"),
+    (["--queue", "9", "--loss", "triplet"], "--queue has no meaning for --loss triplet"),
+    (["--queue", "9", "--mix", "mixup"], "leave one out"),
+    (["--mix", "mixup", "--loss", "simclr"], "--mix has no meaning for --loss simclr"),
+    (["--mix-alpha", "2"], "--mix-alpha has a meaning for --mix alone"),
+    (["--momentum-encoder", "0.9"], "--momentum-encoder has a meaning for --queue alone"),
+    (["--label-smoothing", "0.1"], "--label-smoothing is cross-entropy's"),
+    (["--balanced", "--loss", "n-pair"], "leave --balanced out"),
+    (["--nesterov", "--optimizer", "lars"], "--nesterov is SGD's"),
+    (["--mix", "mixup", "--micro-batch", "1"], "--mix needs two images at a time"),
+    (["--proj-hidden", "9", "--proj-depth", "1"], "--proj-hidden has a meaning for --proj-depth 2"),
+    (["--jitter", "1", "--augment", "crop"], "--jitter has a meaning for --augment sim"),
+    (["--label-noise", "0.1", "--loss", "simclr"], "--label-noise has a meaning for losses that read labels"),
+    (["--recipe", "cifar11"], "--recipe"),
+    (["--subset", "0"], "--subset"),
+    (["--label-noise", "1.5"], "--label-noise"),
 ]
 
 

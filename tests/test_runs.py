@@ -7,11 +7,9 @@ import pytest
 import torch
 
 import linear_probe
-import metrics
 import pretrain
 import recipes
 from runs import ONE_THREAD, PROJECT, SMALL, TORCHRUN, folder_of, log_of, state_of
-
 
 RANKS = '''
 import sys, torch, options, pretrain
@@ -82,13 +80,6 @@ def test_a_probe_leaves_the_checkpoint_and_the_encoder_as_they_were(trained):
     assert {"raw_pixels_top1", "untrained_encoder_top1"} <= result.keys()
     frozen.encoder.train()(torch.rand(2, 3, 16, 16))
     assert linear_probe.fingerprint(frozen.encoder) != bits  # batch-norm statistics count
-
-
-def test_probe_metrics_by_hand():
-    scores = torch.tensor([[3.0, 2, 1], [1, 3, 2], [1, 3, 2], [1, 2, 3]])
-    y = torch.tensor([0, 0, 1, 1])  # row 1: 0 taken for 1; row 3: 1 taken for 2
-    assert metrics.topk(scores, y, 1) == 50 and metrics.topk(scores, y, 2) == 75
-    assert sorted(metrics.worst_confusions(scores, y, ["a", "b", "c"])) == [["a", "b", 50.0], ["b", "c", 50.0]]
 
 
 def test_transfer_resizes_another_data_set_to_the_checkpoints_size(trained, tmp_path):

@@ -1,4 +1,4 @@
-"""Kills runs with SIGKILL and resumes them until they end: python tests/kill_and_resume.py --kills 20
+"""Kills runs with SIGKILL and resumes them until they end: python tests/tools/kill_and_resume.py --kills 20
 
 Every run must end with the bits and the log of one that was never stopped. Half of the kills fall at a random moment, from
 the start of the process on; the others wait until a checkpoint is being written.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 from run_folder import load_checkpoint  # noqa: E402
 from runs import SMALL, TORCHRUN, log_of, same_bits, start, state_of  # noqa: E402

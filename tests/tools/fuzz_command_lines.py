@@ -1,4 +1,4 @@
-"""Random command lines for the three scripts: python tests/fuzz_command_lines.py --minutes 5
+"""Random command lines for the three scripts: python tests/tools/fuzz_command_lines.py --minutes 5
 
 Whatever the options, a script ends well (0) or says in one line what to change (2): never another status or a traceback.
 """
@@ -13,7 +13,7 @@ import click
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 import linear_probe  # noqa: E402
 import options  # noqa: E402

@@ -1,6 +1,6 @@
 """Plants one mistake at a time in a copy of losses.py and shows which test catches it.
 
-    python tests/plant_mistakes.py          a few minutes; exits 1 if a mistake is not caught or its text is not found
+    python tests/tools/plant_mistakes.py          a few minutes; exits 1 if a mistake is not caught or its text is not found
 
 One line a mistake: the first test that fails of test_losses.py, of test_theory.py and of test_tiles.py.
 """
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 SUITES = ("tests/test_losses.py", "tests/test_theory.py", "tests/test_tiles.py")
 
 MISTAKES = [

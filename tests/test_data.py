@@ -1,0 +1,30 @@
+"""Data sets: generated, and read from folders."""
+import torch
+from torchvision.transforms.v2 import functional as TF
+
+import images
+
+
+def test_shapes_are_reproducible_balanced_and_differ_between_training_and_test():
+    a, b = images.shapes(500, 32, 1), images.shapes(500, 32, 1)
+    assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+    assert torch.bincount(a.labels, minlength=10).min() > 25 and len(a.classes) == 10
+    assert not torch.equal(a.images, images.shapes(500, 32, 0).images)
+
+
+def test_folder_reads_classes_sizes_and_grey_images(tmp_path):
+    for split, count in (("train", 3), ("val", 1)):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = torch.full((1 if i else 3, 20 + i, 30), 100 * label + 50, dtype=torch.uint8)
+                TF.to_pil_image(image).save(tmp_path / split / name / f"{i}.png")
+    data = images.load_data("folder", tmp_path, True, size=16)
+    assert data.images.shape == (6, 3, 16, 16) and data.classes == ["cat", "dog"]
+    assert torch.equal(data.images[:, 0, 8, 8].long(), 100 * data.labels + 50)
+    assert torch.equal(data.images[:, 0], data.images[:, 2])
+    assert len(images.load_data("folder", tmp_path, False, size=16).labels) == 2
+    streamed = images.load_data("folder", tmp_path, True, size=16, stream=True)
+    assert torch.equal(streamed.labels, data.labels) and torch.equal(streamed.images, data.images)
+    views = images.WorkerViews(streamed, "none")
+    assert all(torch.equal(views[row, 0], data.images[row]) for row in range(6))

@@ -1,0 +1,118 @@
+"""Learning-rate schedules by hand; LARS and RMSProp against the oracle."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pretrain
+import recipes
+import reference_numpy as ref
+from runs import SMALL, log_of
+
+
+def config(**options):
+    return SimpleNamespace(**{"lr": 0.5, "epochs": 1000, "warmup": 10.0, "warmup_from": 0.01, "schedule": "cosine"} | options)
+
+
+def test_warmup_and_cosine_are_the_reference_codes():
+    lr = [recipes.learning_rate(config(), step, 10) for step in range(10001)]
+    assert lr[0] == 0.01 and lr[50] == pytest.approx((0.01 + lr[100]) / 2) and lr[100] == pytest.approx(0.49988, abs=5e-6)
+    assert all(a > b for a, b in zip(lr[100:], lr[101:])) and lr[10000] == pytest.approx(0.5e-3)
+    assert lr[5000] == pytest.approx(0.5 * (1e-3 + 1) / 2)
+
+
+def test_step_exponential_and_constant_by_hand():
+    step = [recipes.learning_rate(config(schedule="step", warmup=0.0), s, 1) for s in (0, 699, 700, 800, 900, 999)]
+    assert step == pytest.approx([0.5, 0.5, 0.05, 0.005, 0.0005, 0.0005])
+    probe = [recipes.learning_rate(config(schedule="step", warmup=0.0, epochs=100, lr=5.0), s, 1, marks=(0.6, 0.75, 0.9), factor=0.2) for s in (59, 60, 75, 90)]
+    assert probe == pytest.approx([5, 1, 0.2, 0.04])
+    exponential = [recipes.learning_rate(config(schedule="exponential", warmup=0.0), s, 4) for s in (0, 1, 2, 3, 4, 400)]
+    assert exponential == pytest.approx([0.5 * 0.97**k for k in (0, 0, 1, 1, 2, 200)])
+    warmed = [recipes.learning_rate(config(schedule="exponential", warmup=2.0, warmup_from=0.0), s, 4) for s in (0, 4, 8, 10)]
+    assert warmed == pytest.approx([0, 0.25, 0.5, 0.5 * 0.97])  # it decays from the end of the warm-up on
+    assert recipes.learning_rate(config(schedule="constant", warmup=0.0), 7, 4) == 0.5
+
+shapes = st.sampled_from([(3,), (2, 3), (4, 1), (2, 1, 3, 3)])
+
+
+@given(st.integers(0, 2**32 - 1), shapes, st.sampled_from([0, 0.5, 0.9]), st.sampled_from([0, 1e-4, 0.1]), st.sampled_from([0, 1]), st.sampled_from([0, 1]))
+def test_lars_is_the_oracles(seed, shape, momentum, decay, scale_w, scale_g):
+    rng = np.random.default_rng(seed)
+    w, grads = scale_w * rng.normal(size=shape), [scale_g * rng.normal(size=shape) for _ in range(20)]
+    p = torch.nn.Parameter(torch.tensor(w))
+    optimizer = recipes.LARS([{"params": [p], "weight_decay": decay}], 0.3, momentum, eta=0.02)
+    for g in grads:
+        p.grad = torch.tensor(g)
+        optimizer.step()
+    np.testing.assert_allclose(p.detach().numpy(), ref.lars(w, grads, 0.3, momentum, decay, 0.02), rtol=1e-12, atol=1e-14)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 0.9]), st.sampled_from([0, 0.01]))
+def test_lars_is_sgd_where_its_ratio_is_1(seed, momentum, decay):
+    rng = np.random.default_rng(seed)
+    vector, matrix = torch.tensor(rng.normal(size=5)), torch.tensor(rng.normal(size=(3, 4)))
+    ours, sgd = ([torch.nn.Parameter(vector.clone()), torch.nn.Parameter(matrix.clone())] for _ in range(2))
+    lars = recipes.LARS(ours, 0.1, momentum, decay, eta=1.0)
+    plain = torch.optim.SGD([{"params": sgd[:1], "weight_decay": 0}, {"params": sgd[1:]}], 0.1, momentum, weight_decay=decay)
+    for _ in range(20):
+        g = torch.tensor(rng.normal(size=(3, 4)))
+        with torch.no_grad():  # ||g + decay w|| = ||w||: the ratio eta ||w|| / ||g|| is 1
+            g = g * ours[1].norm() / g.norm() - decay * ours[1]
+        for parameters in (ours, sgd):
+            parameters[0].grad, parameters[1].grad = torch.tensor(np.arange(5.0)), g.clone()
+        lars.step()
+        plain.step()
+    for a, b in zip(ours, sgd):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1), shapes, st.sampled_from([0, 0.9]), st.sampled_from([0, 0.1]), st.sampled_from([1e-4, 1]))
+def test_rmsprop_is_the_oracles(seed, shape, momentum, decay, scale):
+    rng = np.random.default_rng(seed)
+    w, grads = rng.normal(size=shape), [scale * rng.normal(size=shape) for _ in range(20)]
+    p = torch.nn.Parameter(torch.tensor(w))
+    optimizer = recipes.RMSProp([{"params": [p], "weight_decay": decay}], 0.3, momentum)
+    for g in grads:
+        p.grad = torch.tensor(g)
+        optimizer.step()
+    np.testing.assert_allclose(p.detach().numpy(), ref.rmsprop(w, grads, 0.3, momentum, decay), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [recipes.LARS, recipes.RMSProp])
+def test_an_optimisers_state_survives_a_checkpoint(make):
+    def run(restart):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 3)
+        optimizer = make(layer.parameters(), 0.1)
+        for step in range(6):
+            if step == 3 and restart:
+                state, optimizer = optimizer.state_dict(), make(layer.parameters(), 0.1)
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            layer(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+        return layer.weight
+
+    assert torch.equal(run(False), run(True))
+
+
+@pytest.mark.parametrize("optimizer", [["--optimizer", "lars", "--lr", "1"], ["--optimizer", "rmsprop", "--lr", "0.001"], ["--lr-per-256", "0.1"]])
+def test_every_optimiser_trains(optimizer, tmp_path):
+    pretrain.main([*SMALL, *optimizer, "--schedule", "exponential", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
+    epochs = [line["mean_loss"] for line in log_of(tmp_path / "run") if "mean_loss" in line]
+    assert epochs[-1] < epochs[0]
+
+
+def test_schedule_is_the_reference_codes():
+    config = SimpleNamespace(lr=0.5, epochs=1000, warmup=10, warmup_from=0.01, schedule="cosine")
+    rate = lambda step: pretrain.learning_rate(config, step, 48)
+    assert rate(0) == pytest.approx(0.01)
+    # the reference warms up to its cosine's value at epoch 10: 5e-4 + (0.5 - 5e-4) (1 + cos(pi 10/1000)) / 2 = 0.49988
+    assert rate(480) == pytest.approx(0.49988, abs=1e-5)
+    assert rate(240) == pytest.approx((0.01 + 0.49988) / 2, abs=1e-5)
+    assert rate(48_000) == pytest.approx(0.5e-3)
+    config.schedule = "step"
+    assert [round(rate(48 * e), 6) for e in (20, 700, 800, 900)] == [0.5, 0.05, 0.005, 0.0005]
