@@ -70,8 +70,7 @@ def load_data(dataset, root, train, *, size=None, download=True, limit=None, str
     stream: of a folder too large for memory, hold the files' names, and the pixels of a sample.
     """
     if dataset == "shapes":
-        images, labels, classes, _ = shapes(10_000 if train else 2_000, size or 32, seed=int(train))
-        return Data(images[:limit], labels[:limit], classes)
+        return shapes(min(10_000 if train else 2_000, limit or 10_000), size or 32, seed=int(train))
     if dataset == "folder":
         return load_folder(root, train, size or 32, limit, stream)
     sets = torchvision.datasets
@@ -183,9 +182,22 @@ def resize(images, size):
     return torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
 
 
+SHAPES = [f"{texture} {shape}" for shape in ("disc", "square", "triangle", "cross", "star") for texture in ("plain", "striped")]
+BLOCK = 200  # images of shapes that are drawn together
+
+
 def shapes(n, size, seed):
-    """Ten classes: five shapes, plain or striped, with random place, scale, angle, colours, background and noise."""
-    g = generator(seed)
+    """The first n images of ten classes that are drawn: five shapes, plain or striped.
+
+    Each block of images has a generator of its own, so that n images cost what n images cost, and are always the same.
+    """
+    blocks = [draw_shapes(BLOCK, size, generator(seed, 10, k)) for k in range(math.ceil(n / BLOCK))]
+    images, labels = (torch.cat(parts)[:n] for parts in zip(*blocks))
+    return Data(images, labels, SHAPES)
+
+
+def draw_shapes(n, size, g):
+    """(images, labels) with random place, scale, angle, colours, background and noise."""
     uniform = uniform_from(g, n)
     labels = torch.randint(10, (n,), generator=g)
     axis = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in (-1, 1)
@@ -213,8 +225,7 @@ def shapes(n, size, seed):
     picture = picture + inside * (ink + stripes * (second - ink) - picture)
     picture = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, picture, 1 - picture)
     picture = picture + uniform(0.02, 0.1, 1, 1, 1) * torch.randn(n, 3, size, size, generator=g)
-    names = [f"{texture} {shape}" for shape in edges for texture in ("plain", "striped")]
-    return Data((picture.clamp(0, 1) * 255).round().to(torch.uint8), labels, names)
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 
 # ---------------------------------------------------------------- views: a whole batch at once, parameters per image
@@ -381,7 +392,7 @@ def worker_batches(views, batches, workers):
 
     Raises Refused where a worker is killed. Torch's own handler would raise wherever the process is, amid a step as well.
     """
-    context = {"multiprocessing_context": "fork", "prefetch_factor": 4} if workers else {}
+    context = {"generator": torch.Generator()} | ({"multiprocessing_context": "fork", "prefetch_factor": 4} if workers else {})
     handled = workers and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if handled else None
     source = iter(torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, **context))
@@ -394,6 +405,8 @@ def worker_batches(views, batches, workers):
         if not gone or str(e).startswith("Caught "):  # which a worker says that is still there
             raise
         raise Refused("a process that reads images is gone, for want of memory perhaps: lower --workers, or give /dev/shm more room") from e
+    finally:  # else an error's traceback keeps the workers, and waits ten seconds for them when it is thrown away
+        getattr(source, "_shutdown_workers", lambda: None)()
 
 
 def mixed(x, labels, num_classes, how, alpha, g):

@@ -331,7 +331,11 @@ def train(config, resume=None):
     resume: the contents of a checkpoint to go on from. Every rank of a torchrun calls this with the same arguments.
     """
     rank, world, device = setup_ranks(torch.device(config.device))
-    entry, trouble = train_on_rank(config, resume, rank, world, device)
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, config.precision != "float32"
+    try:
+        entry, trouble = train_on_rank(config, resume, rank, world, device)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
     if world > 1:  # gloo aborts at exit unless the ranks meet after DistributedDataParallel, which holds itself, is gone
         gc.collect()
         dist.barrier()
@@ -358,7 +362,6 @@ def train_on_rank(config, resume, rank, world, device):
 
     fast = config.precision == "bfloat16" or (config.precision == "auto" and bfloat16_is_fast(device))
     autocast = torch.bfloat16 if fast else None
-    torch.backends.cudnn.allow_tf32 = config.precision != "float32"
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     model = build_model(config, autocast).to(device, dtype, memory_format=torch.channels_last)
     if config.sync_bn and world > 1 and device.type == "cuda":

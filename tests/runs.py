@@ -1,34 +1,41 @@
-"""What the tests of whole runs share: starting the scripts, reading what they leave, making folders of images."""
+"""What the tests of whole runs share: running the scripts here, reading what they leave, making folders of images."""
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
 import options
+from children import ENVIRONMENT, PROJECT
 from run_folder import load_checkpoint
 
-PROJECT = Path(__file__).resolve().parent.parent
 SMALL = ["--dataset", "shapes", "--size", "16", "--limit", "200", "--batch", "50", "--epochs", "4", "--log-every", "1", "--device", "cpu"]
 FOLDER = ["--dataset", "folder", "--arch", "small", "--size", "16", "--batch", "4", "--epochs", "1", "--device", "cpu"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def start(*arguments, output=subprocess.DEVNULL):
-    command = [sys.executable, *map(str, arguments)]
+def train(*arguments):
+    """pretrain.py with these words on its command line, in this process; what it refuses is raised."""
+    return run_here("pretrain", *arguments)
+
+
+def probe(*arguments):
+    return run_here("linear_probe", *arguments)
+
+
+def run_here(script, *arguments):
+    return importlib.import_module(script).main([*map(str, arguments)], standalone_mode=False)
+
+
+def torchrun(*arguments, ranks=2):
+    """Starts a script on several ranks as users do."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *map(str, arguments)]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and hands that on
-    return subprocess.Popen(command, cwd=PROJECT, env=ONE_THREAD, stdout=output, stderr=output, text=True, preexec_fn=heed)
-
-
-def python(*arguments, **options):
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=PROJECT, env=ONE_THREAD, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.Popen(command, cwd=PROJECT, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
 def log_of(run):
@@ -58,6 +65,7 @@ def same_bits(a, b):
 
 def refusal(script, arguments, monkeypatch, capsys):
     """The one line on stderr with which a script ends, at exit status 2, for what a user can put right."""
+    capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         options.run_command(script.main)

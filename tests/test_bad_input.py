@@ -9,8 +9,9 @@ import linear_probe
 import pretrain
 import run_folder
 from fuzz_command_lines import fuzz
-from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal
+from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal, train
 
+pytestmark = pytest.mark.seeds_torch
 BAD = [
     (["--batch", "0"], "--batch"),
     (["--batch", "many"], "--batch"),
@@ -344,14 +345,14 @@ def test_resume_refuses_a_folder_of_other_classes_and_takes_an_older_checkpoint(
     folder_of(tmp_path / "two", ["train"], ["a", "b"])
     folder_of(tmp_path / "three", ["train"], ["a", "b", "c"])
     run = tmp_path / "run"
-    pretrain.main([*FOLDER, "--data", str(tmp_path / "two"), "--loss", "ce", "--run-dir", str(run)], standalone_mode=False)
+    train(*FOLDER, "--data", tmp_path / "two", "--loss", "ce", "--run-dir", run)
     assert "other classes" in refusal(pretrain, ["--resume", run, "--epochs", "2", "--data", tmp_path / "three"], monkeypatch, capsys)
     contents = run_folder.load_checkpoint(run / "ckpt.pt")
     for option in ("micro_batch", "sync_bn", "compile", "stream", "workers", "queue", "mix", "optimizer"):
         del contents["config"][option]
     torch.save(contents, run / "ckpt.pt")
     assert "--queue" in refusal(pretrain, ["--resume", run, "--epochs", "2", "--queue", "9"], monkeypatch, capsys)
-    pretrain.main(["--resume", str(run), "--epochs", "2", "--micro-batch", "2"], standalone_mode=False)
+    train("--resume", run, "--epochs", "2", "--micro-batch", "2")
     assert log_of(run)[-1]["epoch"] == 2
 
 
@@ -366,7 +367,10 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
-
-
 def test_random_command_lines_end_well_or_are_refused(tmp_path):
-    fuzz(tmp_path, examples=25)
+    fuzz(tmp_path, examples=10)
+
+
+@pytest.mark.long
+def test_many_random_command_lines_end_well_or_are_refused(tmp_path):
+    fuzz(tmp_path, examples=200)

@@ -28,3 +28,20 @@ def test_folder_reads_classes_sizes_and_grey_images(tmp_path):
     assert torch.equal(streamed.labels, data.labels) and torch.equal(streamed.images, data.images)
     views = images.WorkerViews(streamed, "none")
     assert all(torch.equal(views[row, 0], data.images[row]) for row in range(6))
+
+
+def test_the_first_shapes_are_the_same_however_many_are_drawn():
+    whole = images.load_data("shapes", None, True, size=16)
+    assert len(whole.labels) == 10_000
+    for limit in (1, images.BLOCK - 1, images.BLOCK, images.BLOCK + 1):
+        part = images.load_data("shapes", None, True, size=16, limit=limit)
+        assert torch.equal(part.images, whole.images[:limit]) and torch.equal(part.labels, whole.labels[:limit])
+    first, second = whole.images[: 2 * images.BLOCK].split(images.BLOCK)
+    assert not torch.equal(first, second)
+
+
+def test_a_part_of_the_shapes_costs_a_part_of_the_work(monkeypatch):
+    drawn, draw = [], images.draw_shapes
+    monkeypatch.setattr(images, "draw_shapes", lambda n, size, g: drawn.append(n) or draw(n, size, g))
+    images.load_data("shapes", None, True, size=16, limit=images.BLOCK + 1)
+    assert sum(drawn) == 2 * images.BLOCK

@@ -1,16 +1,17 @@
 """Every picture is drawn."""
 import pytest
 
-import linear_probe
 import pretrain
 import robustness
-from runs import refusal
+from runs import probe, refusal, train
+
+pytestmark = pytest.mark.seeds_torch
 
 
 def test_pictures_are_drawn(trained, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
-    linear_probe.main([str(tmp_path), "--limit", "200", "--epochs", "1", "--figure"], standalone_mode=False)
+    probe(tmp_path, "--limit", "200", "--epochs", "1", "--figure")
     robustness.main([str(tmp_path / "classifier-first200.pt"), "--limit", "20", "--figure"], standalone_mode=False)
     for name in ("probe-first200.png", "robustness-first200-first20.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -19,7 +20,7 @@ def test_pictures_are_drawn(trained, tmp_path):
 def test_learning_curves_are_drawn_from_logs(trained, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     (tmp_path / "log.jsonl").write_bytes((trained / "log.jsonl").read_bytes())
-    pretrain.main(["--figure", str(tmp_path), str(trained)], standalone_mode=False)
+    train("--figure", tmp_path, trained)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "name one or several" in refusal(pretrain, ["--figure"], monkeypatch, capsys)
     assert "no readable log.jsonl" in refusal(pretrain, ["--figure", tmp_path / "nowhere"], monkeypatch, capsys)

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 import images
 import pretrain
 import reference_numpy as ref
-from runs import SMALL, folder_of, log_of, options_of
+from runs import SMALL, folder_of, log_of, options_of, train
+
+pytestmark = pytest.mark.seeds_torch
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["mixup", "cutmix"]), st.sampled_from([0.2, 1.0]))
@@ -29,17 +31,17 @@ def test_mixed_images_and_labels_have_the_same_shares(seed, how, alpha):
     ["--mix", "cutmix", "--ce-weight", "0.5", "--micro-batch", "10"], ["--label-noise", "0.4"], ["--augment", "auto", "--workers", "0", "--crop-min", "0.5"],
 ], ids=" ".join)  # fmt: skip
 def test_mixed_noisy_balanced_and_smaller_sets_train(options, tmp_path):
-    pretrain.main([*SMALL, "--epochs", "2", *options, "--run-dir", str(tmp_path / "run")], standalone_mode=False)
+    train(*SMALL, "--epochs", "2", *options, "--run-dir", tmp_path / "run")
     assert log_of(tmp_path / "run")[-1]["epoch"] == 2
 
 
 def test_balanced_and_smaller_sets_are_what_the_loss_sees(tmp_path, monkeypatch):
     seen, total_loss = [], pretrain.total_loss
     monkeypatch.setattr(pretrain, "total_loss", lambda *a: seen.append(a[3]) or total_loss(*a))
-    pretrain.main([*SMALL, "--epochs", "1", "--balanced", "--run-dir", str(tmp_path / "balanced")], standalone_mode=False)
+    train(*SMALL, "--epochs", "1", "--balanced", "--run-dir", tmp_path / "balanced")
     assert len(seen) == 4 and all(torch.bincount(y, minlength=10).tolist() == [10] * 10 for y in seen)
     seen.clear()
-    pretrain.main([*SMALL, "--epochs", "1", "--subset", "0.5", "--run-dir", str(tmp_path / "smaller")], standalone_mode=False)
+    train(*SMALL, "--epochs", "1", "--subset", "0.5", "--run-dir", tmp_path / "smaller")
     whole = torch.bincount(images.load_data("shapes", None, True, size=16, limit=200).labels).tolist()
     assert len(seen) == 2 and sum(torch.bincount(y, minlength=10) for y in seen).tolist() == pytest.approx([n for n in whole], abs=4)
 
@@ -57,7 +59,7 @@ def test_a_part_of_a_streamed_folder_keeps_images_and_labels_together(tmp_path):
 def test_soft_labels_in_a_run_are_what_the_loss_sees(tmp_path, monkeypatch):
     seen, total_loss = [], pretrain.total_loss
     monkeypatch.setattr(pretrain, "total_loss", lambda *a: seen.append((a[1].detach().clone(), a[3], loss := total_loss(*a))) or loss)
-    pretrain.main([*SMALL, "--epochs", "1", "--mix", "mixup", "--precision", "float64", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
+    train(*SMALL, "--epochs", "1", "--mix", "mixup", "--precision", "float64", "--run-dir", tmp_path / "run")
     z, y, loss = seen[1]
     assert y.shape == (100, 10) and ((y > 0) & (y < 1)).any()
     assert loss.item() * 0.7 == pytest.approx(ref.supcon_out(z.numpy(), y.double().numpy(), 0.1), rel=1e-6)
@@ -86,7 +88,7 @@ def test_subsets_are_stratified_and_noise_is_symmetric():
 
 
 def test_noisy_labels_are_counted_in_the_run(tmp_path):
-    pretrain.main([*SMALL, "--epochs", "1", "--label-noise", "1", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
+    train(*SMALL, "--epochs", "1", "--label-noise", "1", "--run-dir", tmp_path / "run")
     assert options_of(tmp_path / "run")["noisy_labels"] == 200
 
 SEEDS = st.integers(0, 10**6)

@@ -8,6 +8,8 @@ import torchvision
 
 import pretrain
 
+pytestmark = pytest.mark.seeds_torch  # layers draw their first weights
+
 
 def test_n_pair_of_groups_never_sets_a_class_against_itself():
     f = torch.randn(12, 4, dtype=torch.double)

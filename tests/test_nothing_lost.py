@@ -6,8 +6,8 @@ import re
 import shlex
 import signal
 import subprocess
+import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,29 +16,37 @@ import images
 import linear_probe
 import pretrain
 import run_folder
+from children import call, run_script, start, workers_of
 from kill_and_resume import WAYS, kill_and_resume
-from runs import FOLDER, SMALL, TORCHRUN, files_in, folder_of, log_of, python, refusal, same_bits, start, state_of
+from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal, same_bits, state_of, torchrun, train
 
-LONG = [*SMALL, "--epochs", "30"]  # 120 steps, some seconds
+pytestmark = pytest.mark.seeds_torch
+LONG = [*SMALL, "--epochs", "16"]  # 64 steps, some seconds
 
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    run = tmp_path_factory.mktemp("long") / "whole"
-    assert python("pretrain.py", *LONG, "--run-dir", run).returncode == 0
-    return run
+    whole = tmp_path_factory.mktemp("long") / "whole"
+    train(*LONG, "--run-dir", whole)
+    return whole
 
 
-def wait_for_step(run, step, process):
-    """Until the log shows `step`."""
-    log = run / "log.jsonl"
+def wait_for_step(folder, step, running):
+    """Until the log shows `step`; fails where the run has ended before."""
+    log = folder / "log.jsonl"
     while not (log.exists() and f'{{"step": {step},' in log.read_text()):
-        assert process.poll() is None and not time.sleep(0.005)
+        assert running() and not time.sleep(0.005)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_runs_killed_at_random_moments_end_with_the_bits_of_an_unbroken_one(way, tmp_path):
-    kill_and_resume(way, tmp_path, kills=1 if "two ranks" in way else 2, seed=list(WAYS).index(way))
+def test_a_run_killed_at_a_random_moment_ends_with_the_bits_of_an_unbroken_one(way, tmp_path):
+    kill_and_resume(way, tmp_path, kills=1, seed=list(WAYS).index(way), epochs=6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", WAYS)
+def test_runs_killed_again_and_again_end_with_the_bits_of_an_unbroken_one(way, tmp_path):
+    kill_and_resume(way, tmp_path, kills=10, seed=100 + list(WAYS).index(way))
 
 
 def test_the_log_is_cut_back_to_the_checkpoint_in_place(tmp_path):
@@ -53,68 +61,75 @@ def test_the_log_is_cut_back_to_the_checkpoint_in_place(tmp_path):
 
 @pytest.mark.parametrize("word", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_with_the_command_that_goes_on(word, long, tmp_path):
-    run = tmp_path / "a folder"
-    process = start("pretrain.py", *LONG, "--run-dir", run, output=subprocess.PIPE)
-    wait_for_step(run, 9, process)
-    process.send_signal(word)
-    out, err = process.communicate(timeout=10)
-    step = run_folder.load_checkpoint(run / "ckpt.pt")["step"]
-    assert process.returncode == 0 and "Traceback" not in err and 9 <= step < 120 and f"stopped after step {step} of 120" in out
-    command = shlex.split(out.splitlines()[-1])
-    assert command == ["python", "pretrain.py", "--resume", str(run)]
-    assert python(*command[1:]).returncode == 0
-    assert log_of(run) == log_of(long) and same_bits(state_of(run), state_of(long))
+    folder = tmp_path / "a folder"
+    stopped = start("pretrain", *LONG, "--run-dir", folder)
+    wait_for_step(folder, 9, stopped.running)
+    stopped.signal(word)
+    stopped.wait(timeout=10)
+    step = run_folder.load_checkpoint(folder / "ckpt.pt")["step"]
+    assert stopped.status == 0 and "Traceback" not in stopped.err and 9 <= step < 64
+    assert f"stopped after step {step} of 64" in stopped.out
+    command = shlex.split(stopped.out.splitlines()[-1])
+    assert command == ["python", "pretrain.py", "--resume", str(folder)]
+    train(*command[2:])
+    assert log_of(folder) == log_of(long) and same_bits(state_of(folder), state_of(long))
+
+
+def run_into_a_closed_pipe(*arguments):
+    """pretrain.py, with an output that somebody reads once, after some steps, and then nobody any more."""
+    reader, writer = os.pipe()
+    for number in (1, 2):
+        os.dup2(writer, number)
+    os.close(writer)
+    threading.Thread(target=lambda: (os.read(reader, 1), os.close(reader))).start()
+    run_script("pretrain", *arguments)
 
 
 def test_output_that_nobody_reads_any_more_ends_no_run(long, tmp_path):
-    run = tmp_path / "run"
-    process = start("pretrain.py", *LONG, "--run-dir", run, output=subprocess.PIPE)
-    wait_for_step(run, 9, process)
-    process.stdout.close()
-    process.stderr.close()
-    assert process.wait(timeout=100) == 0
-    assert log_of(run) == log_of(long) and same_bits(state_of(run), state_of(long))
+    folder = tmp_path / "run"
+    run_unread = call(run_into_a_closed_pipe, *map(str, [*LONG, "--run-dir", folder]))
+    assert run_unread.status == 0
+    assert log_of(folder) == log_of(long) and same_bits(state_of(folder), state_of(long))
 
 
 def test_a_reader_that_is_killed_ends_the_run_at_its_last_step(tmp_path):
     folder_of(tmp_path, ["train"], ["a", "b"], count=1000)  # an epoch of 500 steps, for readers begin anew in every epoch
-    run = tmp_path / "run"
-    process = start("pretrain.py", *FOLDER, "--stream", "--log-every", "1", "--data", tmp_path, "--run-dir", run, output=subprocess.PIPE)
-    wait_for_step(run, 9, process)
-    readers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(readers[0]), signal.SIGKILL)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 2 and err.count("\n") == 1 and "lower --workers" in err
-    assert run_folder.load_checkpoint(run / "ckpt.pt")["step"] == log_of(run)[-1]["step"]
+    folder = tmp_path / "run"
+    bereft = start("pretrain", *FOLDER, "--stream", "--log-every", "1", "--data", tmp_path, "--run-dir", folder)
+    wait_for_step(folder, 9, bereft.running)
+    os.kill(workers_of(*bereft.pids)[0], signal.SIGKILL)
+    bereft.wait()
+    assert bereft.status == 2 and bereft.err.count("\n") == 1 and "lower --workers" in bereft.err
+    assert run_folder.load_checkpoint(folder / "ckpt.pt")["step"] == log_of(folder)[-1]["step"]
 
 
-def test_a_signal_in_the_middle_of_an_epoch_ends_every_rank(tmp_path):
+def test_a_signal_to_torchrun_in_the_middle_of_an_epoch_ends_every_rank(tmp_path):
     options = [*SMALL, "--epochs", "2", "--limit", "1000", "--batch", "20"]  # 50 steps an epoch
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert start(*TORCHRUN, "pretrain.py", *options, "--run-dir", whole).wait() == 0
-    process = start(*TORCHRUN, "pretrain.py", *options, "--run-dir", run, output=subprocess.PIPE)
-    wait_for_step(run, 60, process)
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert start("pretrain", *options, "--run-dir", whole, ranks=2).wait().status == 0
+    process = torchrun("pretrain.py", *options, "--run-dir", folder)
+    wait_for_step(folder, 60, lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=10)  # torchrun ends after its ranks have
-    step = run_folder.load_checkpoint(run / "ckpt.pt")["step"]
-    assert 60 <= step < 100 and step % 50 and out.splitlines()[-1] == f"torchrun --nproc_per_node=2 pretrain.py --resume {run}"
-    assert start(*TORCHRUN, "pretrain.py", "--resume", run).wait() == 0
-    assert log_of(run) == log_of(whole) and same_bits(state_of(run), state_of(whole))
+    step = run_folder.load_checkpoint(folder / "ckpt.pt")["step"]
+    assert 60 <= step < 100 and step % 50
+    assert out.splitlines()[-1] == f"torchrun --nproc_per_node=2 pretrain.py --resume {folder}"
+    assert start("pretrain", "--resume", folder, ranks=2).wait().status == 0
+    assert log_of(folder) == log_of(whole) and same_bits(state_of(folder), state_of(whole))
 
 
-def test_a_run_goes_on_with_other_ranks_and_parts_of_the_same_batch(tmp_path):
-    run = tmp_path / "run"
-    assert start(*TORCHRUN, "pretrain.py", *SMALL, "--epochs", "1", "--run-dir", run).wait() == 0
-    assert python("pretrain.py", "--resume", run, "--epochs", "2", "--micro-batch", "25").returncode == 0
-    assert start(*TORCHRUN, "pretrain.py", "--resume", run, "--epochs", "3", "--micro-batch", "5").wait() == 0
-    assert [line["epoch"] for line in log_of(run) if "mean_loss" in line] == [1, 2, 3]
-    refused = python("pretrain.py", "--resume", run, "--batch", "20")
-    assert refused.returncode == 2 and "leave out --batch" in refused.stderr
+def test_a_run_goes_on_with_other_ranks_and_parts_of_the_same_batch(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    assert start("pretrain", *SMALL, "--epochs", "1", "--run-dir", folder, ranks=2).wait().status == 0
+    train("--resume", folder, "--epochs", "2", "--micro-batch", "25")
+    assert start("pretrain", "--resume", folder, "--epochs", "3", "--micro-batch", "5", ranks=2).wait().status == 0
+    assert [line["epoch"] for line in log_of(folder) if "mean_loss" in line] == [1, 2, 3]
+    assert "leave out --batch" in refusal(pretrain, ["--resume", folder, "--batch", "20"], monkeypatch, capsys)
 
 
 def test_checkpoints_are_saved_every_few_minutes_too(tmp_path):
     run = tmp_path / "run"
-    pretrain.main([*SMALL, "--epochs", "1", "--save-minutes", "0", "--run-dir", str(run)], standalone_mode=False)
+    train(*SMALL, "--epochs", "1", "--save-minutes", "0", "--run-dir", run)
     assert run_folder.load_checkpoint(run / "ckpt.pt")["step"] == 4
     previous = run_folder.load_checkpoint(run / "ckpt-previous.pt")
     assert previous["step"] == 3 and previous["losses_of_epoch"] == [line["loss"] for line in log_of(run)[:3]]
@@ -123,7 +138,7 @@ def test_checkpoints_are_saved_every_few_minutes_too(tmp_path):
 @pytest.mark.parametrize("damage", [b"", b"half", None], ids=["empty", "half", "missing"])
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(damage, long, tmp_path, capsys):
     run = tmp_path / "run"
-    pretrain.main([*LONG, "--epochs", "2", "--schedule", "constant", "--run-dir", str(run)], standalone_mode=False)
+    train(*LONG, "--epochs", "2", "--schedule", "constant", "--run-dir", run)
     whole = (state_of(run), log_of(run))
     newest = run / "ckpt.pt"
     if damage is None:
@@ -131,7 +146,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(damage, long, tmp_
     else:
         newest.write_bytes(newest.read_bytes()[: 1000 * len(damage)])
     capsys.readouterr()
-    pretrain.main(["--resume", str(run)], standalone_mode=False)
+    train("--resume", run)
     assert (f"{newest} cannot be read: going on from {run / 'ckpt-previous.pt'}, step 4" in capsys.readouterr().err) == (damage is not None)
     assert same_bits(state_of(run), whole[0]) and log_of(run) == whole[1]
     assert run_folder.load_checkpoint(run / "ckpt-previous.pt")["step"] == 4  # not the damaged one
@@ -147,27 +162,26 @@ def test_a_checkpoint_that_another_process_has_left_behind_is_not_gone_back_from
 def test_what_one_rank_alone_refuses_ends_every_rank(tmp_path):
     folder_of(tmp_path, ["train"], ["a", "b"])
     (tmp_path / "train" / "b" / "1.png").write_bytes(b"")
-    process = start(*TORCHRUN, "pretrain.py", *FOLDER, "--data", tmp_path, "--run-dir", tmp_path / "run", output=subprocess.PIPE)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode and err.count("is not a readable image") == 1 and "gloo" not in err
+    ended = start("pretrain", *FOLDER, "--data", tmp_path, "--run-dir", tmp_path / "run", ranks=2).wait()
+    assert [process.exitcode for process in ended.processes] == [2, 2]
+    assert ended.err.count("is not a readable image") == 1 and "gloo" not in ended.err
 
 
 def test_config_keeps_what_the_earlier_parts_of_a_run_ran_on(tmp_path):
     run = tmp_path / "run"
     for more in ([*SMALL, "--epochs", "1", "--run-dir"], ["--epochs", "2", "--resume"], ["--epochs", "3", "--resume"]):
-        pretrain.main([*more, str(run)], standalone_mode=False)
+        train(*more, run)
     about = json.loads((run / "config.json").read_text())
     assert about["options"]["epochs"] == 3 and len(about["earlier"]) == 2 and about["earlier"][0]["versions"] == about["versions"]
 
 
 def test_a_folder_in_use_is_refused_to_a_second_process(tmp_path, monkeypatch, capsys):
-    run = tmp_path / "run"
-    process = start("pretrain.py", *LONG, "--epochs", "300", "--warmup", "0", "--run-dir", run)
-    wait_for_step(run, 2, process)
-    assert "in use by another process" in refusal(pretrain, ["--resume", run], monkeypatch, capsys)
-    process.kill()
-    process.wait()
-    pretrain.main(["--resume", str(run), "--epochs", str(log_of(run)[-1]["epoch"] + 1)], standalone_mode=False)
+    folder = tmp_path / "run"
+    other = start("pretrain", *LONG, "--epochs", "300", "--warmup", "0", "--run-dir", folder)
+    wait_for_step(folder, 2, other.running)
+    assert "in use by another process" in refusal(pretrain, ["--resume", folder], monkeypatch, capsys)
+    other.kill()
+    train("--resume", folder, "--epochs", log_of(folder)[-1]["epoch"] + 1)
 
 
 @contextlib.contextmanager
@@ -183,18 +197,20 @@ def small_disk(folder, megabytes):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_loses_nothing(long, tmp_path):
+@pytest.mark.long
+def test_a_full_disk_loses_nothing(long, tmp_path, monkeypatch, capsys):
     disk = tmp_path / "disk"
     with small_disk(disk, 7):  # two checkpoints of 3 MB, not three
-        run = disk / "run"
-        full = python("pretrain.py", *LONG, "--run-dir", run)
-        assert full.returncode == 2 and len(re.findall("^error: .*$", full.stderr, re.M)) == 1 and "Traceback" not in full.stderr and "the last good one stays: free space" in full.stderr
-        assert run_folder.load_checkpoint(run / "ckpt.pt")["step"] == 4 and not (run / "ckpt.tmp").exists()
+        folder = disk / "run"
+        error = refusal(pretrain, [*LONG, "--run-dir", folder], monkeypatch, capsys)
+        assert "the last good one stays: free space" in error
+        assert run_folder.load_checkpoint(folder / "ckpt.pt")["step"] == 4 and not (folder / "ckpt.tmp").exists()
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
-        assert python("pretrain.py", "--resume", run).returncode == 0
-        assert log_of(run) == log_of(long) and same_bits(state_of(run), state_of(long))
+        train("--resume", folder)
+        assert log_of(folder) == log_of(long) and same_bits(state_of(folder), state_of(long))
 
 
+@pytest.mark.long
 def test_a_full_disk_is_told_before_the_first_step_and_by_a_probe(trained, tmp_path, monkeypatch, capsys):
     disk = tmp_path / "disk"
     with small_disk(disk, 1):
@@ -255,14 +271,13 @@ def test_too_little_memory_names_the_options_to_lower(error, tmp_path, monkeypat
     assert "not enough memory" in line and "lower --micro-batch" in line
 
 
-def test_resume_may_extend_a_run_but_not_change_its_recipe(tmp_path):
-    run = tmp_path / "extended"
-    assert python("pretrain.py", *SMALL, "--epochs", "1", "--schedule", "constant", "--warmup", "0", "--run-dir", run).returncode == 0
-    assert python("pretrain.py", "--resume", run, "--epochs", "2").returncode == 0
-    assert log_of(run)[-1]["epoch"] == 2
-    refused = python("pretrain.py", "--resume", run, "--tau", "0.2", "--batch", "20")
-    assert refused.returncode == 2 and "--batch, --tau" in refused.stderr
-    assert log_of(run)[-1]["epoch"] == 2
+def test_resume_may_extend_a_run_but_not_change_its_recipe(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "extended"
+    train(*SMALL, "--epochs", "1", "--schedule", "constant", "--warmup", "0", "--run-dir", folder)
+    train("--resume", folder, "--epochs", "2")
+    assert log_of(folder)[-1]["epoch"] == 2
+    assert "--batch, --tau" in refusal(pretrain, ["--resume", folder, "--tau", "0.2", "--batch", "20"], monkeypatch, capsys)
+    assert log_of(folder)[-1]["epoch"] == 2
 
 
 def test_a_folder_killed_before_its_log_began_starts_anew(tmp_path):
@@ -270,5 +285,5 @@ def test_a_folder_killed_before_its_log_began_starts_anew(tmp_path):
     run.mkdir()
     for name in ("lock", "config.json", "ckpt.tmp"):
         (run / name).write_text("")
-    pretrain.main([*SMALL, "--epochs", "1", "--run-dir", str(run)], standalone_mode=False)
+    train(*SMALL, "--epochs", "1", "--run-dir", run)
     assert log_of(run)[-1]["epoch"] == 1

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 import pretrain
 import recipes
 import reference_numpy as ref
-from runs import SMALL, log_of
+from runs import SMALL, log_of, train
+
+pytestmark = pytest.mark.seeds_torch
 
 
 def config(**options):
@@ -101,7 +103,7 @@ def test_an_optimisers_state_survives_a_checkpoint(make):
 
 @pytest.mark.parametrize("optimizer", [["--optimizer", "lars", "--lr", "1"], ["--optimizer", "rmsprop", "--lr", "0.001"], ["--lr-per-256", "0.1"]])
 def test_every_optimiser_trains(optimizer, tmp_path):
-    pretrain.main([*SMALL, *optimizer, "--schedule", "exponential", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
+    train(*SMALL, *optimizer, "--schedule", "exponential", "--run-dir", tmp_path / "run")
     epochs = [line["mean_loss"] for line in log_of(tmp_path / "run") if "mean_loss" in line]
     assert epochs[-1] < epochs[0]
 

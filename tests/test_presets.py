@@ -1,11 +1,13 @@
 """The published settings, number by number."""
 import pytest
+import torch
 
-import linear_probe
 import options
 import pretrain
 import recipes
-from runs import folder_of, options_of
+from runs import folder_of, options_of, probe, train
+
+pytestmark = pytest.mark.seeds_torch
 
 
 # As published: batch, epochs, peak rate, tau, factor of the loss, weight decay, warm-up, optimiser; then the probe's peak rate.
@@ -66,27 +68,36 @@ def test_the_presets_probes_and_heads_are_the_published_ones():
 
 
 @pytest.mark.parametrize("name", recipes.PRESETS)
-def test_every_preset_takes_a_step(name, tmp_path, capsys):
+def test_every_preset_builds_its_encoder_and_takes_a_step(name, tmp_path, monkeypatch, capsys):
+    """The real encoder is built without memory; the step is a small one's. One real ResNet is stepped below."""
+    built = []
+    monkeypatch.setattr(pretrain, "build_encoder", lambda *how: built.append(how) or (pretrain.small_encoder(), 144))
     folder_of(tmp_path, ["train"], ["a", "b", "c"], size=(40, 40))
     small = ["--dataset", "folder", "--data", str(tmp_path), "--limit", "8", "--size", "32", "--batch", "8", "--epochs", "1", "--device", "cpu"]
     small += ["--proj-hidden", "64"] if recipes.PRESETS[name].pretrain.get("proj_depth", 1) > 1 else []
-    pretrain.main([*small, "--recipe", name, "--workers", "0", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
+    train(*small, "--recipe", name, "--workers", "0", "--run-dir", tmp_path / "run")
     out, o = capsys.readouterr().out, recipes.PRESETS[name].pretrain
     assert f"recipe {name}: {recipes.PRESETS[name].source}" in out and f"--batch {o['batch']}" in out
     config = options_of(tmp_path / "run")
     kept = {k: v for k, v in o.items() if k not in ("dataset", "size", "batch", "epochs", "warmup", "lr", "lr_per_256", "stream", "sync_bn", "proj_hidden")}
     assert {k: config[k] for k in kept} == kept
     assert config["lr"] == pytest.approx(o["lr"] if "lr" in o else o["lr_per_256"] * 8 / 256)
+    assert built == [(o["arch"], o["stem"])]
+    monkeypatch.undo()
+    with torch.device("meta"):
+        encoder, width = pretrain.build_encoder(*built[0])
+    r = encoder(torch.empty(2, 3, 64, 64, device="meta"))
+    assert r.shape == (2, width) and width == (512 if o["arch"] in ("resnet18", "resnet34") else 2048)
 
 
 def test_imagenets_preset_runs_to_its_probe_on_a_folder_of_jpegs(tmp_path):
     folder_of(tmp_path, ["train", "val"], ["a", "b", "c", "d", "e", "f"], count=2, size=(260, 240), kind="jpeg")
     run = tmp_path / "run"
     options = ["--recipe", "imagenet-supcon-r50", "--data", str(tmp_path), "--arch", "resnet18", "--batch", "6", "--epochs", "1", "--workers", "0"]
-    pretrain.main([*options, "--run-dir", str(run)], standalone_mode=False)
+    train(*options, "--run-dir", run)
     taken = options_of(run)
     assert (taken["size"], taken["stem"], taken["augment"], taken["stream"], taken["normalize_encoder"]) == (224, "7x7", "auto", True, True)
-    result = linear_probe.main([str(run), "--recipe", "imagenet-supcon-r50", "--batch", "6", "--epochs", "2", "--workers", "0"], standalone_mode=False)
+    result = probe(run, "--recipe", "imagenet-supcon-r50", "--batch", "6", "--epochs", "2", "--workers", "0")
     assert 0 <= result["top1"] <= result["top5"] <= 100 and result["test_images"] == 12 and result["fit"]["label_smoothing"] == 0.05
 
 
@@ -100,7 +111,7 @@ def test_options_override_a_preset_and_what_is_bound_to_them():
 
 
 def test_recipe_list_prints_every_number(capsys):
-    pretrain.main(["--recipe", "list"], standalone_mode=False)
+    train("--recipe", "list")
     out = capsys.readouterr().out
     parts = dict(zip(recipes.PRESETS, out.split("recipe ")[1:]))
     for name, preset in recipes.PRESETS.items():

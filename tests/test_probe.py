@@ -9,9 +9,10 @@ import torch
 import images
 import linear_probe
 import metrics
-import pretrain
 import reference_numpy as ref
-from runs import FOLDER, folder_of
+from runs import FOLDER, folder_of, probe, train
+
+pytestmark = pytest.mark.seeds_torch
 
 
 def fit(**options):
@@ -144,7 +145,7 @@ def test_fractions_augmentation_recipes_and_normalised_features_are_probed(train
         "plain": one, "augment": [*one, "--augment"], "l2": [*one, "--l2-normalize", "--no-standardize"], "raw": [*one, "--no-standardize"],
         "lars": ["--lr-per-256", "0.2", "--optimizer", "lars"], "smooth": [*one, "--label-smoothing", "0.2"],
     }.items():  # fmt: skip
-        result = linear_probe.main([str(tmp_path), "--limit", "600", "--epochs", "2", *options], standalone_mode=False)
+        result = probe(tmp_path, "--limit", "600", "--epochs", "2", *options)
         assert 0 < result["top1"] <= result["top5"] <= 100
         classifiers[name] = linear_probe.load_classifier(tmp_path / "classifier-first600.pt")
         if name == "l2":
@@ -158,16 +159,16 @@ def test_fractions_augmentation_recipes_and_normalised_features_are_probed(train
 
 def test_probes_of_other_settings_leave_files_of_their_own(trained, tmp_path, capsys):
     (tmp_path / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
-    few = linear_probe.main([str(tmp_path), "--limit", "600", "--epochs", "2", "--fraction", "0.1"], standalone_mode=False)
+    few = probe(tmp_path, "--limit", "600", "--epochs", "2", "--fraction", "0.1")
     assert few["train_images"] == pytest.approx(60, abs=5) and (tmp_path / "probe-0.1-first600.json").exists()
-    recipe = linear_probe.main([str(tmp_path), "--limit", "600", "--epochs", "2", "--recipe", "cifar10-supcon", "--lr", "3"], standalone_mode=False)
+    recipe = probe(tmp_path, "--limit", "600", "--epochs", "2", "--recipe", "cifar10-supcon", "--lr", "3")
     assert (recipe["lr"], recipe["weight_decay"], recipe["fit"]["schedule"], recipe["fit"]["standardize"]) == (3, 0, "step", False)
     out = capsys.readouterr().out
     assert "--lr 3\n" in out and "--no-standardize" in out and (tmp_path / "classifier-first600-cifar10-supcon.pt").exists()
-    linear_probe.main([str(tmp_path), "--limit", "600", "--recipe", "imagenet-supcon-r50", "--batch", "64", "--epochs", "2"], standalone_mode=False)
+    probe(tmp_path, "--limit", "600", "--recipe", "imagenet-supcon-r50", "--batch", "64", "--epochs", "2")
     for name in ("one", "two"):
         folder_of(tmp_path / name, ["train", "test"], ["a", "b"])
-        linear_probe.main([str(tmp_path), "--dataset", "folder", "--data", str(tmp_path / name), "--epochs", "1"], standalone_mode=False)
+        probe(tmp_path, "--dataset", "folder", "--data", tmp_path / name, "--epochs", "1")
     assert (tmp_path / "probe-folder-one.json").exists() and (tmp_path / "probe-folder-two.json").exists()
     assert not (tmp_path / "probe.json").exists()
 
@@ -195,11 +196,11 @@ def test_augmented_views_are_cropped_as_in_training(trained):
 def test_a_streamed_folder_is_probed_as_one_in_memory(size, tmp_path):
     folder_of(tmp_path, ["train", "test"], ["a", "b"], size=(100, 80))
     options = [*FOLDER, "--size", str(size), "--data", str(tmp_path), "--precision", "float32", "--augment", "crop"]
-    pretrain.main([*options, "--stream", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
+    train(*options, "--stream", "--run-dir", tmp_path / "run")
     frozen = linear_probe.load_encoder(tmp_path / "run" / "ckpt.pt", torch.device("cpu"))
     memory, stream = (images.load_data("folder", tmp_path, True, size=size, stream=stream) for stream in (False, True))
     torch.testing.assert_close(linear_probe.extract(frozen, memory), linear_probe.extract(frozen, stream))
-    assert linear_probe.main([str(tmp_path / "run"), "--epochs", "2"], standalone_mode=False)["test_images"] == 8
+    assert probe(tmp_path / "run", "--epochs", "2")["test_images"] == 8
 
 
 def test_views_of_a_streamed_folder_differ_from_image_to_image(tmp_path):

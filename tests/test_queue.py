@@ -4,7 +4,9 @@ import torch
 
 import pretrain
 import reference_numpy as ref
-from runs import SMALL, log_of, same_bits, state_of
+from runs import SMALL, log_of, same_bits, state_of, train
+
+pytestmark = pytest.mark.seeds_torch
 
 
 def test_a_queue_of_the_previous_batch_gives_the_oracles_loss_on_both(tmp_path, monkeypatch):
@@ -17,7 +19,7 @@ def test_a_queue_of_the_previous_batch_gives_the_oracles_loss_on_both(tmp_path, 
 
     monkeypatch.setattr(pretrain, "total_loss", noted)
     options = ["--precision", "float64", "--queue", "100", "--momentum-encoder", "0", "--epochs", "1", "--run-dir", str(tmp_path / "run")]
-    pretrain.main([*SMALL, *options], standalone_mode=False)
+    train(*SMALL, *options)
     assert seen[0][2] is None and len(seen) == 4
     for (z_before, y_before, _, _), (z, y, queue, loss) in zip(seen, seen[1:]):
         torch.testing.assert_close(queue[0], z_before, rtol=1e-12, atol=1e-12)  # 50 images, two views, as the same weights see them
@@ -45,9 +47,9 @@ def test_the_momentum_encoder_is_a_running_mean_of_the_weights():
 @pytest.mark.parametrize("loss", [["--loss", "supcon"], ["--loss", "simclr", "--micro-batch", "10"], ["--loss", "supcon-in", "--ce-weight", "0.2"]])
 def test_a_run_with_a_queue_resumes_to_the_same_bits(loss, tmp_path):
     options = [*SMALL, *loss, "--queue", "150", "--momentum-encoder", "0.9", "--schedule", "constant", "--warmup", "0"]
-    pretrain.main([*options, "--epochs", "3", "--run-dir", str(tmp_path / "whole")], standalone_mode=False)
-    pretrain.main([*options, "--epochs", "1", "--run-dir", str(tmp_path / "parts")], standalone_mode=False)
-    pretrain.main(["--resume", str(tmp_path / "parts"), "--epochs", "3"], standalone_mode=False)
+    train(*options, "--epochs", "3", "--run-dir", tmp_path / "whole")
+    train(*options, "--epochs", "1", "--run-dir", tmp_path / "parts")
+    train("--resume", tmp_path / "parts", "--epochs", "3")
     whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
     assert same_bits(whole, parts) and log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
     assert whole["queue"]["z"].shape == (150, 128) and (loss[1] != "simclr" or set(whole["queue"]["y"].tolist()) == {-1})

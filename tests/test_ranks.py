@@ -1,10 +1,8 @@
 """Losses across 1 to 4 ranks with unequal and empty shards against one process: value and parameters' gradients.
 
-The second half is the script that torchrun starts on each rank.
+The second half runs on each rank; torchrun starts this file there.
 """
 import gc
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,20 +13,28 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # torchrun knows no path but this file's
+    sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import losses
+from children import call
+from runs import torchrun
 
-TIMES = 5 if "CI" in os.environ else 1  # times four numbers of ranks
+SIZES = (losses.DENSE, losses.TILE), (0, 4)  # the dense form, and tiles below any shard here
 SHARDS = {1: [(0, 13)], 2: [(0, 9), (9, 13)], 3: [(0, 4), (4, 4), (4, 13)], 4: [(0, 0), (0, 1), (1, 8), (8, 13)]}
 
 
-@pytest.mark.parametrize("time", range(TIMES))
 @pytest.mark.parametrize("ranks", SHARDS)
-def test_ranks_with_unequal_shards_are_one_process(ranks, time):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*torchrun, __file__, str(time)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_ranks_with_unequal_shards_are_one_process(ranks):
+    call(compare_all, range(4), ranks=ranks)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("time", range(5))
+@pytest.mark.parametrize("ranks", SHARDS)
+def test_torchrun_starts_and_ends_ranks_again_and_again(ranks, time):
+    process = torchrun(__file__, time, ranks=ranks)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
 
 
 class Heads(nn.Module):
@@ -100,15 +106,15 @@ def compare(seed):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=lambda m: f"gradient of {name}: {m}")
 
 
-def main(time):
+def compare_all(seeds):
     dist.init_process_group("gloo")
-    for dense, tile in ((losses.DENSE, losses.TILE), (0, 4)):
-        losses.DENSE, losses.TILE = dense, tile
-        compare(2 * time + (dense > 0))
+    for seed in seeds:
+        losses.DENSE, losses.TILE = SIZES[seed % 2]
+        compare(seed)
     gc.collect()  # DistributedDataParallel holds itself, and gloo aborts at exit while it is there
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    compare_all([2 * int(sys.argv[1]), 2 * int(sys.argv[1]) + 1])

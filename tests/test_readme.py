@@ -9,7 +9,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text()
 EQUATIONS = README.split("| equation | line of losses.py |")[1].split("\n\n")[0]
-COMMANDS = re.findall(r"\b(?:python|torchrun)\b.*?((?:\w+/)?\w+\.py) ([^#&`\n]*)", README)
+COMMANDS = re.findall(r"\b(?:python|torchrun)\b.*?((?:\w+/)*\w+\.py) ([^#&`\n]*)", README)
 
 
 @pytest.mark.parametrize("line", [code.replace(r"\|", "|") for code in re.findall("`(.*?)`", EQUATIONS)])

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 import corruptions
 import images
 import linear_probe
-import pretrain
 import reference_numpy as ref
 import robustness
-from runs import FOLDER, files_in, folder_of, refusal
+from runs import FOLDER, files_in, folder_of, probe, refusal, train
 
+pytestmark = pytest.mark.seeds_torch
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -68,7 +68,7 @@ def test_a_summary_keeps_severities_and_corruptions_apart():
 @pytest.fixture(scope="module")
 def other(trained):
     """Another classifier of the same encoder."""
-    linear_probe.main([str(trained), "--limit", "100", "--epochs", "1"], standalone_mode=False)
+    probe(trained, "--limit", "100", "--epochs", "1")
     return trained / "classifier-first100.pt"
 
 
@@ -148,8 +148,8 @@ def test_cifar_10_c_files_are_read_severity_by_severity(probed, tmp_path, capsys
 def folder_classifier(tmp_path_factory):
     root = tmp_path_factory.mktemp("folder")
     folder_of(root, ["train", "test"], ["a", "b"])
-    pretrain.main([*FOLDER, "--data", str(root), "--run-dir", str(root / "run")], standalone_mode=False)
-    linear_probe.main([str(root / "run"), "--epochs", "5"], standalone_mode=False)
+    train(*FOLDER, "--data", root, "--run-dir", root / "run")
+    probe(root / "run", "--epochs", "5")
     return root / "run" / "classifier.pt"
 
 

@@ -197,6 +197,20 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def lowered_precision(word):
+    """As a user's program may have it. The older switch moves the newer ones with it, and does not put them back."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before, newer = torch.get_float32_matmul_precision(), [backend.fp32_precision for backend in backends]
+    torch.set_float32_matmul_precision(word)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, newer):
+            backend.fp32_precision = precision
+
+
 without_driver = pytest.mark.skipif(torch.__version__ < "2.10", reason="tensors without numbers need a driver there")
 
 
@@ -208,35 +222,27 @@ without_driver = pytest.mark.skipif(torch.__version__ < "2.10", reason="tensors 
 def test_products_are_exact_whatever_the_surroundings_and_the_surroundings_stay(loss, device):
     """On "cuda" the tensors have shapes and no numbers, which needs no GPU, only the forward runs, and without autocast."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [b.fp32_precision for b in backends]
-    try:
-        torch.set_float32_matmul_precision("medium")
+    with lowered_precision("medium"):
         lowered = [b.fp32_precision for b in backends]
         without_numbers = FakeTensorMode() if device == "cuda" else contextlib.nullcontext()
         with without_numbers, Products() as products, torch.autocast("cpu", torch.bfloat16):
-            z = torch.randn(16, 4, device=device, requires_grad=device == "cpu")
+            z = torch.linspace(-1, 1, 64, device=device).view(16, 4).requires_grad_(device == "cpu")
             value = loss(z, torch.arange(16, device=device) % 8 % 3)
             if device == "cpu":
                 value.backward()
             assert [b.fp32_precision for b in backends] == lowered and torch.is_autocast_enabled("cpu")
         assert len(products.seen) >= (2 if device == "cpu" else 1) and set(products.seen) == {("ieee", False)}
-    finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = precision
 
 
 def test_tiles_restore_the_precision_they_found():
     z, y = rows_of(8, 2, 4).float().requires_grad_(), torch.arange(16) % 8 % 3
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
+    with lowered_precision("high"):
         with tiles_of(3):
             losses.supcon_out(z, y).backward()
         assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.seeds_torch
 @pytest.mark.parametrize("size", [None, 5], ids=["dense", "tiles"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_trains_under_autocast_and_a_gradient_scaler(dtype, size):
