@@ -6,7 +6,6 @@ every script of the project ends.
 """
 
 import errno
-import math
 import os
 import sys
 from pathlib import Path
@@ -24,9 +23,11 @@ from run_folder import newest_checkpoint, say
 
 
 class Finite(click.FloatRange):
+    """A number that float32 holds with room to spare: optimisers multiply it by others."""
+
     def convert(self, value, param, ctx):
         number = super().convert(value, param, ctx)
-        return number if math.isfinite(number) else self.fail(f"{value} is not a finite number.", param, ctx)
+        return number if abs(number) <= 1e30 else self.fail(f"{value} is not a finite number up to 1e30.", param, ctx)
 
 
 POSITIVE, NOT_NEGATIVE = Finite(min=0, min_open=True), Finite(min=0)

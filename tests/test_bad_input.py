@@ -70,6 +70,7 @@ BAD = [
     (["--unknown"], "--unknown"),
     (["--lr", "nan"], "--lr"),
     (["--lr", "1e400"], "--lr"),
+    (["--lr", "1e31"], "--lr"),
     (["--tau", "inf"], "--tau"),
     (["--margin", "0.3"], "--margin has a meaning for --loss triplet and max-margin alone"),
     (["--mining", "hard"], "--mining has a meaning for --loss triplet alone"),
@@ -314,7 +315,7 @@ SITUATIONS = [
     probe_of_an_empty_file, probe_of_text, probe_of_half_a_checkpoint, probe_of_another_kind_of_file, probe_of_a_bare_tensor,
     probe_of_a_classifier, probe_of_a_checkpoint_without_an_encoder, probe_of_another_encoder, probe_on_missing_data,
     probe_without_a_test_set, probe_of_other_test_classes, probe_of_one_class, probe_with("--epochs", "0"), probe_with("--lr", "x"),
-    probe_with("--lr", "nan"), probe_with("--limit", "0"), probe_with("--batch", "0"), probe_with("--device", "toaster"),
+    probe_with("--lr", "nan"), probe_with("--lr", "1e300"), probe_with("--weight-decay", "1e31"), probe_with("--limit", "0"), probe_with("--batch", "0"), probe_with("--device", "toaster"),
 ]  # fmt: skip
 
 

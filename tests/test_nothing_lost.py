@@ -198,12 +198,14 @@ def small_disk(folder, megabytes):
 
 
 @pytest.mark.long
-def test_a_full_disk_loses_nothing(long, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_loses_nothing(long, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, 7):  # two checkpoints of 3 MB, not three
         folder = disk / "run"
-        error = refusal(pretrain, [*LONG, "--run-dir", folder], monkeypatch, capsys)
-        assert "the last good one stays: free space" in error
+        full = start("pretrain", *LONG, "--run-dir", folder).wait()
+        errors = [line for line in full.err.splitlines() if line.startswith("error: ")]
+        assert full.status == 2 and len(errors) == 1 and "Traceback" not in full.err
+        assert "the last good one stays: free space" in errors[0]
         assert run_folder.load_checkpoint(folder / "ckpt.pt")["step"] == 4 and not (folder / "ckpt.tmp").exists()
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         train("--resume", folder)
