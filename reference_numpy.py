@@ -257,69 +257,6 @@ def _distances(z):
     _require(len(z) > 1, f"uniformity needs at least two rows, got {z.shape}")
     return {(i, j): (z[i] - z[j]) @ (z[i] - z[j]) for i in range(len(z)) for j in _others(i, z)}
 
-def lars(w, grads, lr, momentum=0.9, weight_decay=0.0, eta=1e-3):
-    """You et al. 2017, algorithm 1: a tensor w of weights after a step for each of the gradients.
-
-    g <- g + weight_decay w;  v <- momentum v + lr eta ||w|| / ||g|| g;  w <- w - v,  v = 0 at first
-    A vector (a bias, batch norm) has no decay and the ratio 1; so has a tensor of norm 0, or a gradient of norm 0."""
-    w = np.array(w, dtype=np.float64)
-    v, norm = np.zeros_like(w), lambda x: np.sqrt(sum(x_i**2 for x_i in x.ravel()))
-    for g in grads:
-        ratio, g = 1.0, np.asarray(g, dtype=np.float64)
-        if w.ndim > 1:
-            g = g + weight_decay * w
-            if norm(w) > 0 and norm(g) > 0:
-                ratio = eta * norm(w) / norm(g)
-        v = momentum * v + lr * ratio * g
-        w = w - v
-    return w
-
-def rmsprop(w, grads, lr, momentum=0.9, weight_decay=0.0, decay=0.9, eps=1e-3):
-    """TensorFlow's RMSProp, number by number: a tensor w after a step for each of the gradients.
-
-    g <- g + weight_decay w;  s <- decay s + (1 - decay) g^2, s = 1 at first;  v <- momentum v + lr g / sqrt(s + eps);  w <- w - v"""
-    w = np.array(w, dtype=np.float64)
-    for i in np.ndindex(w.shape):
-        s, v = 1.0, 0.0
-        for g in grads:
-            g_i = g[i] + weight_decay * w[i]
-            s = decay * s + (1 - decay) * g_i**2
-            v = momentum * v + lr * g_i / np.sqrt(s + eps)
-            w[i] -= v
-    return w
-
-def expected_calibration_error(p, y, bins=15):
-    """Guo et al. 2017: sum_m |B_m|/n |acc(B_m) - conf(B_m)|; B_m: the rows of p (n, C) whose highest entry is in ((m-1)/M, m/M]."""
-    p, error = np.asarray(p, dtype=np.float64), 0.0
-    for m in range(1, bins + 1):
-        B = [i for i in range(len(p)) if (m - 1) / bins < max(p[i]) <= m / bins]
-        if B:
-            acc = sum(int(np.argmax(p[i])) == y[i] for i in B) / len(B)
-            conf = sum(max(p[i]) for i in B) / len(B)
-            error += len(B) / len(p) * abs(acc - conf)
-    return error
-
-def knn_top1(bank, bank_y, query, query_y, k=200, tau=0.07):
-    """Wu et al. 2018, in percent: each of the k rows of the bank that are nearest by cosine votes exp(cos/tau) for its label."""
-    bank, query = _rows(bank, bank_y), _rows(query, query_y)
-    right = 0
-    for q, label in zip(query, query_y):
-        cos = [q @ b / np.linalg.norm(q) / np.linalg.norm(b) for b in bank]
-        votes = {}
-        for j in sorted(range(len(bank)), key=lambda j: -cos[j])[:k]:
-            votes[bank_y[j]] = votes.get(bank_y[j], 0) + np.exp(cos[j] / tau)
-        right += max(votes, key=votes.get) == label
-    return 100 * right / len(query)
-
-def mean_corruption_error(errors, reference):
-    """Hendrycks & Dietterich 2019, in percent: mean_c sum_s E_sc / sum_s R_sc; {corruption c: [error at severity s, ...]}."""
-    return 100 * sum(sum(errors[c]) / sum(reference[c]) for c in errors) / len(errors)
-
-def relative_mean_corruption_error(errors, clean, reference, reference_clean):
-    """The same of the errors' growth: mean_c sum_s (E_sc - E_clean) / sum_s (R_sc - R_clean)."""
-    growth = {c: [e - clean for e in errors[c]] for c in errors}
-    return mean_corruption_error(growth, {c: [r - reference_clean for r in reference[c]] for c in errors})
-
 def _lse(x):
     """log sum exp x; log1p keeps a loss of 1e-11 exact."""
     x = np.sort(x)

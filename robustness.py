@@ -1,20 +1,23 @@
-"""Stage 3: a classifier under common corruptions (Hendrycks & Dietterich 2019; Khosla et al. 2020, table 6 and figure 6).
+"""Stage 3: a classifier under common corruptions (Hendrycks & Dietterich 2019; Khosla et al. 2020, table 6, figure 6).
 
     python robustness.py runs/cifar10-resnet50-supcon-s0/classifier.pt                          # corruptions made here
-    python robustness.py runs/cifar10-resnet50-supcon-s0/classifier.pt --corrupted CIFAR-10-C   # as published: .npy files
-    python robustness.py runs/imagenet/classifier.pt --corrupted ImageNet-C                     # as published: folders
+    python robustness.py runs/cifar10-resnet50-supcon-s0/classifier.pt --corrupted CIFAR-10-C   # published .npy files
+    python robustness.py runs/imagenet/classifier.pt --corrupted ImageNet-C                     # published folders
     python robustness.py runs/supcon/classifier.pt --baseline runs/ce/classifier.pt --figure
 
-Error for each corruption and severity; accuracy and calibration error for each severity. All fifteen corruptions of
-ImageNet-C give the mCE and the relative mCE, normalised by AlexNet; CIFAR-10-C's convention is the plain mean; fewer give the
-mean error over as many corruptions, and never an mCE. Leaves robustness.json beside the classifier (robustness-FOLDER.json
-for a published set).
+It reports the error for each corruption and severity, and accuracy and calibration error for each severity. All fifteen
+corruptions of ImageNet-C give the mCE and the relative mCE,
+    which AlexNet's errors normalise. CIFAR-10-C's convention is
+the plain mean. Fewer corruptions give the mean error over as many, and never an mCE. The numbers are written beside the
+classifier, into robustness.json, or robustness-FOLDER.json for a published set.
 """
 
+import functools
 import json
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import click
@@ -22,22 +25,24 @@ import numpy as np
 import torch
 import torchvision
 
-from corruptions import MADE, NAMES, corrupt
-from figures import draw_robustness, pyplot
-from images import Refused, generator, load_data, read_image, resize, to_size
-from linear_probe import fingerprint, load_classifier, write_json
-from metrics import reliability
-from options import run_command
-from pretrain import choose_device
-from run_folder import say, suffix
+from common.cli import Refused, require, run_command, say
+from common.corruptions import MADE, NAMES, corrupt
+from common.data import Data, generator, load_data, read_image, resize_and_crop, resize_square
+from common.figures import draw_robustness, pyplot
+from common.frozen import fingerprint, load_classifier, write_json
+from common.metrics import reliability
+from common.ranks import choose_device
+from common.run_folder import suffix
+from common.views import worker_batches
 
 SEVERITIES = range(1, 6)
 ALEXNET_CLEAN = 0.43478  # top-1 error of torchvision's AlexNet
 ALEXNET = {  # its errors on ImageNet-C, the mean over the severities (github.com/google-research/augmix)
-    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880, "glass_blur": 0.826268,
-    "motion_blur": 0.785948, "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572, "fog": 0.819324, "brightness": 0.564592,
-    "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840, "jpeg_compression": 0.606500,
-}  # fmt: skip
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880,
+    "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572,
+    "fog": 0.819324, "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
 
 # ---------------------------------------------------------------- where corrupted images come from
 
@@ -49,7 +54,8 @@ class Made:
 
     def __init__(self, test, seed):
         if test.images.shape[-1] < 9:
-            raise Refused(f"images of {test.images.shape[-1]} pixels are too small to blur: probe a run of --size 9 or more")
+            raise Refused(f"images of {test.images.shape[-1]} pixels are too small to blur: probe a run of --size 9 "
+                f"or more")
         self.images, self.labels, self.seed = test.images, test.labels, seed
 
     def batches(self, name, severity):
@@ -76,30 +82,35 @@ class Cifar10C:
         except (OSError, ValueError, EOFError, BadZipFile) as e:
             raise Refused(f"{path} cannot be read as a .npy file: fetch the set again") from e
         if getattr(values, "ndim", None) != dims or not len(values) or len(values) % 5:
-            raise Refused(f"{path} is {getattr(values, 'shape', 'an archive')}: it must hold five severities, one after the other")
+            raise Refused(f"{path} is {getattr(values, 'shape', 'an archive')}: "
+                          "it must hold five severities, one after the other")
         if not np.issubdtype(values.dtype, np.uint8 if dims == 4 else np.integer):
-            raise Refused(f"{path} holds {values.dtype}: it must hold {'uint8 images' if dims == 4 else 'whole numbers'}")
+            wanted = "uint8 images" if dims == 4 else "whole numbers"
+            raise Refused(f"{path} holds {values.dtype}: it must hold {wanted}")
         return np.array(values, dtype=np.int64) if dims == 1 else values
 
     def check(self, test):
         n = len(self.labels) // 5
         if n > len(test.labels) or not (self.labels.view(5, n) == test.labels[:n]).all():
-            raise Refused(f"{self.folder}/labels.npy are not the labels of the test set that the classifier was fitted for: name the set made of it")
+            raise Refused(f"{self.folder}/labels.npy are not the labels of the test set that the classifier was "
+                f"fitted for: "
+                          "name the set made of it")
         for name in self.names:
             shape = self._read(name, 4).shape
             if shape[0] != len(self.labels) or shape[3] != 3:
-                raise Refused(f"{self.folder}/{name}.npy is {shape}, and labels.npy has {len(self.labels)} labels: fetch the set again")
+                raise Refused(f"{self.folder}/{name}.npy is {shape}, and labels.npy has {len(self.labels)} labels: "
+                              "fetch the set again")
 
     def batches(self, name, severity):
         values, n = self._read(name, 4), len(self.labels) // 5
         first = (severity - 1) * n
         for rows in torch.arange(first, first + min(n, self.limit or n)).split(500):
             images = torch.from_numpy(np.array(values[rows[0] : rows[-1] + 1])).permute(0, 3, 1, 2)
-            yield resize(images, self.size), self.labels[rows]
+            yield resize_square(images, self.size), self.labels[rows]
 
 
 class ImageNetC:
-    """Folders NAME/SEVERITY/CLASS/*.JPEG, or so below the folders of the published archives (noise, blur, ...)."""
+    """Folders NAME/SEVERITY/CLASS/*.JPEG, or the same below the published archives' folders (noise, blur, ...)."""
 
     kind = "ImageNet-C"
 
@@ -118,18 +129,19 @@ class ImageNetC:
 
     def _folder(self, path):
         try:
-            folder = torchvision.datasets.ImageFolder(path, transform=lambda image: to_size(image, self.size), loader=read_image)
+            crop = functools.partial(resize_and_crop, size=self.size)
+            folder = torchvision.datasets.ImageFolder(path, transform=crop, loader=read_image)
         except FileNotFoundError as e:
             raise Refused(f"{path}: {str(e).splitlines()[0]}") from e
         if folder.classes != self.classes:
-            raise Refused(f"{path} holds {len(folder.classes)} classes that are not, by name, the {len(self.classes)} that the classifier was fitted to")
+            raise Refused(f"{path} holds {len(folder.classes)} classes that are not, by name, "
+                          f"the {len(self.classes)} that the classifier was fitted to")
         return folder
 
     def batches(self, name, severity):
         folder = self.folders[name, severity]
-        order = torch.randperm(len(folder), generator=generator(0))[: self.limit].tolist()
-        part = torch.utils.data.Subset(folder, order)
-        yield from torch.utils.data.DataLoader(part, batch_size=500, num_workers=2, multiprocessing_context="fork")
+        order = torch.randperm(len(folder), generator=generator(0))[: self.limit]
+        yield from worker_batches(folder, [rows.tolist() for rows in order.split(500)], workers=2)
 
 
 def published(folder, classifier, limit, test):
@@ -139,16 +151,19 @@ def published(folder, classifier, limit, test):
     else:
         corrupted = ImageNetC(folder, classifier, limit)
     if not corrupted.names:
-        raise Refused(f"--corrupted {folder} holds neither NAME.npy with labels.npy (CIFAR-10-C) nor NAME/SEVERITY/CLASS (ImageNet-C): name the folder of one")
+        raise Refused(f"--corrupted {folder} holds neither NAME.npy with labels.npy (CIFAR-10-C) "
+                      "nor NAME/SEVERITY/CLASS (ImageNet-C): name the folder of one")
     corrupted.check(test)
     return corrupted
 
 
 def require_labels(labels, num_classes, path):
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise Refused(f"{path} has labels from {labels.min()} to {labels.max()}, out of range for the classifier's {num_classes} classes")
+        raise Refused(f"{path} has labels from {labels.min()} to {labels.max()}, "
+                      f"out of range for the classifier's {num_classes} classes")
     if len(labels.unique()) != num_classes:
-        raise Refused(f"{path} has {len(labels.unique())} classes, and the classifier {num_classes}: name the set that it was fitted to")
+        raise Refused(f"{path} has {len(labels.unique())} classes, and the classifier {num_classes}: "
+                      "name the set that it was fitted to")
 
 
 # ---------------------------------------------------------------- what is measured
@@ -171,17 +186,24 @@ def error_and_calibration(scores, labels):
 
 
 def mean_corruption_error(errors):
-    """mCE in percent: the mean over the corruptions of sum_s E_s / sum_s E_s of AlexNet. errors {name: [E_1, ..., E_5]}."""
+    """mCE in percent: the mean over the corruptions of sum_s E_s / sum_s E_s of AlexNet.
+
+    errors {name: [E_1, ..., E_5]} holds the error at each severity.
+    """
     return 100 * sum(np.mean(e) / ALEXNET[name] for name, e in errors.items()) / len(errors)
 
 
 def relative_mean_corruption_error(errors, clean):
-    """relative mCE in percent: as mCE, of what the corruptions add to the error on clean images."""
-    return 100 * sum((np.mean(e) - clean) / (ALEXNET[name] - ALEXNET_CLEAN) for name, e in errors.items()) / len(errors)
+    """Relative mCE in percent: as mCE, for what the corruptions add to the error on clean images."""
+    ratios = [(np.mean(e) - clean) / (ALEXNET[name] - ALEXNET_CLEAN) for name, e in errors.items()]
+    return 100 * sum(ratios) / len(errors)
 
 
 def summary(kind, clean, errors, ece):
-    """What robustness.json holds of one classifier: clean error, errors and calibration {name: [severity 1, ..., 5]}."""
+    """What robustness.json holds of one classifier.
+
+    clean: (error, calibration error) on clean images; errors and ece: {name: [severity 1, ..., 5]}.
+    """
     found = {
         "clean_error": clean[0],
         "clean_ece": clean[1],
@@ -197,12 +219,122 @@ def summary(kind, clean, errors, ece):
     return found
 
 
+# ---------------------------------------------------------------- prepare, measure, report
+
+
+class Job(NamedTuple):
+    """Which classifiers are tested on which images."""
+
+    paths: list  # of the classifier, and of the baseline if there is one
+    classifiers: list
+    source: object  # Made, Cifar10C or ImageNetC
+    test: Data  # the clean images
+    report: Path  # where the numbers go
+    about: dict  # what tells this test from another one
+
+
+def prepare(path, corrupted, baseline, data, download, limit, seed, device):
+    """The Job that the options describe. Raises Refused for what cannot be tested."""
+    paths = [p / "classifier.pt" if p.is_dir() else p for p in (path, baseline) if p]
+    classifiers = [load_classifier(p, device) for p in paths]
+    ours, other = classifiers[0], classifiers[-1]
+    require(other.classes == ours.classes and other.size == ours.size,
+            f"--baseline {baseline} was fitted to other classes or another image size than {path}: "
+            "name one of the same data set")
+    own = ours.frozen.config["data"]
+    data = data or own
+    elsewhere = data != own and Path(data).resolve().name
+    kind = suffix(elsewhere, corrupted and corrupted.resolve().name, limit and f"first{limit}", seed and f"s{seed}")
+    report = paths[0].with_name(paths[0].stem.replace("classifier", "robustness", 1) + kind + ".json")
+    require(os.access(report.parent, os.W_OK),
+            f"{report.parent} cannot be written: copy the classifier to a folder that can")
+    all_labels = corrupted and (corrupted / "labels.npy").exists()  # CIFAR-10-C's are compared with the test set's
+    test = load_data(ours.dataset, data, False, size=ours.size, download=download, limit=None if all_labels else limit)
+    require(list(test.classes) == list(ours.classes),
+            f"--data {data} has other classes than {path} was fitted to: name its own test set")
+    source = published(corrupted, ours, limit, test) if corrupted else None
+    test = test._replace(images=test.images[:limit], labels=test.labels[:limit])
+    about = {
+        "classifiers": [fingerprint(c) for c in classifiers],
+        "data": str(Path(data).resolve()),
+        "seed": seed,
+        "limit": limit,
+        "torch": torch.__version__,
+        "corrupted": corrupted and [[str(p.resolve()), p.stat().st_mtime] for p in sorted(corrupted.iterdir())],
+    }
+    return Job(paths, classifiers, source or Made(test, seed), test, report, about)
+
+
+def measure_clean(job):
+    """[error, calibration error] of each classifier on clean images."""
+    batches = zip(job.test.images.split(500), job.test.labels.split(500))
+    clean = [list(error_and_calibration(*found)) for found in evaluate(job.classifiers, batches)]
+    say(f"clean: error {100 * clean[0][0]:.2f} %, calibration error {clean[0][1]:.4f}; "
+        f"{len(job.test.labels)} images, {job.source.kind} corruptions")
+    return clean
+
+
+def measure_corrupted(job, clean):
+    """(errors, ece): for each classifier {name: [severity 1, ..., 5]}. An interrupted test goes on where it was."""
+    names = list(job.source.names)
+    missing = [name for name in NAMES if name not in names]
+    if missing:
+        say(f"{len(names)} of the benchmark's 15 corruptions; not here: {', '.join(missing)}")
+    part, about = partial_file(job), job.about | {"kind": job.source.kind, "names": names, "clean": clean}
+    errors, ece = taken_up(part, about) or ([{} for _ in job.classifiers], [{} for _ in job.classifiers])
+    left_out = [name for name in names if name not in errors[0]]
+    start = time.perf_counter()
+    for done, name in enumerate(left_out, 1):
+        for severity in SEVERITIES:
+            for c, found in enumerate(evaluate(job.classifiers, job.source.batches(name, severity))):
+                error, calibration = error_and_calibration(*found)
+                errors[c].setdefault(name, []).append(error)
+                ece[c].setdefault(name, []).append(calibration)
+        write_json(part, about | {"errors": errors, "ece": ece})
+        minutes = (time.perf_counter() - start) / done * (len(left_out) - done) / 60
+        row = " ".join(f"{100 * e:5.1f}" for e in errors[0][name])
+        say(f"{name:18} error {row} %   {len(errors[0])}/{len(names)}, {minutes:.1f} min left")
+    return errors, ece
+
+
+def partial_file(job):
+    """Where a test keeps what it has measured until it is through."""
+    return job.report.with_suffix(".part")
+
+
+def taken_up(part, about):
+    """(errors, ece) that an interrupted test has left in the file `part`, if it was the same test; else None."""
+    try:
+        found = json.loads(part.read_text())
+        if found | about == found:
+            return found["errors"], found["ece"]
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+
+
+def report(result):
+    say("severity      clean     1     2     3     4     5")
+    say("accuracy, %  " + " ".join(f"{v:5.1f}" for v in (100 * (1 - result["clean_error"]),
+        *result["accuracy_by_severity"])))
+    say("calibration  " + " ".join(f"{v:5.3f}" for v in (result["clean_ece"], *result["ece_by_severity"])))
+    if "mce" in result:
+        say(f"mCE {result['mce']:.1f} %, relative mCE {result['relative_mce']:.1f} % (normalised by AlexNet)")
+    elif result["kind"] == "CIFAR-10-C" and result["corruptions"] == len(NAMES):
+        say(f"mean corruption error {result['mean_error']:.2f} % (CIFAR-10-C's convention, not normalised)")
+    else:
+        say(f"mean error over {result['corruptions']} corruptions: {result['mean_error']:.2f} %")
+    if "ratio_to_baseline" in result:
+        say(f"ratio to {result['baseline']['classifier']}: {result['ratio_to_baseline']:.3f} "
+            f"(its mean error {result['baseline']['mean_error']:.2f} %)")
+
+
 # ---------------------------------------------------------------- the command line
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.argument("path", metavar="CLASSIFIER", type=click.Path(path_type=Path))
-@click.option("--corrupted", type=click.Path(path_type=Path), help="Folder of CIFAR-10-C or ImageNet-C; without it ten corruptions are made here.")
+@click.option("--corrupted", type=click.Path(path_type=Path),
+              help="Folder of CIFAR-10-C or ImageNet-C; without it ten corruptions are made here.")
 @click.option("--baseline", type=click.Path(path_type=Path), help="Another classifier.pt, to compare with.")
 @click.option("--data", show_default="the classifier's", help="Folder of the clean test set.")
 @click.option("--download/--no-download", default=True, help="Fetch what is missing.")
@@ -214,84 +346,23 @@ def main(path, corrupted, baseline, data, download, limit, seed, figure, device)
     """Test CLASSIFIER (a classifier.pt of linear_probe.py) on corrupted images."""
     if figure:
         pyplot()  # said now, not after minutes
-    device = choose_device(device)
-    paths = [p / "classifier.pt" if p.is_dir() else p for p in (path, baseline) if p]
-    classifiers = [load_classifier(p, device) for p in paths]
-    ours = classifiers[0]
-    if classifiers[-1].classes != ours.classes or classifiers[-1].size != ours.size:
-        raise Refused(f"--baseline {baseline} was fitted to other classes or another image size than {path}: name one of the same data set")
-    own = ours.frozen.config["data"]
-    data = data or own
-    kind = suffix(data != own and Path(data).resolve().name, corrupted and corrupted.resolve().name, limit and f"first{limit}", seed and f"s{seed}")
-    report = paths[0].with_name(paths[0].stem.replace("classifier", "robustness", 1) + kind + ".json")
-    if not os.access(report.parent, os.W_OK):
-        raise Refused(f"{report.parent} cannot be written: copy the classifier to a folder that can")
-    all_labels = corrupted and (corrupted / "labels.npy").exists()  # CIFAR-10-C's are compared with them
-    test = load_data(ours.dataset, data, False, size=ours.size, download=download, limit=None if all_labels else limit)
-    if list(test.classes) != list(ours.classes):
-        raise Refused(f"--data {data} has other classes than {path} was fitted to: name its own test set")
-    source = published(corrupted, ours, limit, test) if corrupted else None
-    test = test._replace(images=test.images[:limit], labels=test.labels[:limit])
-    source = source or Made(test, seed)
-
-    clean = [error_and_calibration(*found) for found in evaluate(classifiers, zip(test.images.split(500), test.labels.split(500)))]
-    say(f"clean: error {100 * clean[0][0]:.2f} %, calibration error {clean[0][1]:.4f}; {len(test.labels)} images, {source.kind} corruptions")
-    missing = [name for name in NAMES if name not in source.names]
-    if missing:
-        say(f"{len(source.names)} of the benchmark's 15 corruptions; not here: {', '.join(missing)}")
-    part = report.with_suffix(".part")
-    about = {"classifiers": [fingerprint(c) for c in classifiers], "kind": source.kind, "names": list(source.names), "clean": [list(c) for c in clean],
-             "data": str(Path(data).resolve()), "seed": seed, "limit": limit, "torch": torch.__version__,
-             "corrupted": corrupted and [[str(p.resolve()), p.stat().st_mtime] for p in sorted(corrupted.iterdir())]}  # fmt: skip
-    errors, ece = taken_up(part, about) or ([{} for _ in classifiers] for _ in range(2))
-    left_out = [name for name in source.names if name not in errors[0]]
-    start = time.perf_counter()
-    for k, name in enumerate(left_out, 1):
-        for severity in SEVERITIES:
-            for c, found in enumerate(evaluate(classifiers, source.batches(name, severity))):
-                error, calibration = error_and_calibration(*found)
-                errors[c].setdefault(name, []).append(error)
-                ece[c].setdefault(name, []).append(calibration)
-        spent = time.perf_counter() - start
-        left = spent / k * (len(left_out) - k)
-        write_json(part, about | {"errors": errors, "ece": ece})
-        say(f"{name:18} error " + " ".join(f"{100 * e:5.1f}" for e in errors[0][name]) + f" %   {len(errors[0])}/{len(source.names)}, {left / 60:.1f} min left")
-
-    result = {"classifier": str(paths[0]), "kind": source.kind, "images": len(test.labels), "seed": seed, "torch": torch.__version__}
-    result |= {"seconds": round(time.perf_counter() - start, 1)} | summary(source.kind, clean[0], errors[0], ece[0])
+    job = prepare(path, corrupted, baseline, data, download, limit, seed, choose_device(device))
+    clean, start = measure_clean(job), time.perf_counter()
+    errors, ece = measure_corrupted(job, clean)
+    kind = job.source.kind
+    result = {"classifier": str(job.paths[0]), "kind": kind, "images": len(job.test.labels), "seed": seed,
+              "torch": torch.__version__, "seconds": round(time.perf_counter() - start, 1)}
+    result |= summary(kind, clean[0], errors[0], ece[0])
     if baseline:
-        result["baseline"] = {"classifier": str(paths[1])} | summary(source.kind, clean[1], errors[1], ece[1])
-        result["ratio_to_baseline"] = float(np.mean([np.sum(errors[0][name]) / max(np.sum(errors[1][name]), 1e-9) for name in source.names]))
-    announce(result)
-    write_json(report, result)
-    part.unlink(missing_ok=True)
+        result["baseline"] = {"classifier": str(job.paths[1])} | summary(kind, clean[1], errors[1], ece[1])
+        ratios = [np.sum(errors[0][name]) / max(np.sum(errors[1][name]), 1e-9) for name in job.source.names]
+        result["ratio_to_baseline"] = float(np.mean(ratios))
+    report(result)
+    write_json(job.report, result)
+    partial_file(job).unlink(missing_ok=True)
     if figure:
-        say(draw_robustness(report.with_suffix(".png"), result))
+        say(draw_robustness(job.report.with_suffix(".png"), result))
     return result
-
-
-def taken_up(part, about):
-    """(errors, ece) of the corruptions that an interrupted test of the same classifiers on the same images has left in `part`."""
-    try:
-        found = json.loads(part.read_text())
-        if found | about == found:
-            return found["errors"], found["ece"]
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-
-
-def announce(result):
-    say("severity      clean     1     2     3     4     5")
-    say("accuracy, %  " + " ".join(f"{v:5.1f}" for v in (100 * (1 - result["clean_error"]), *result["accuracy_by_severity"])))
-    say("calibration  " + " ".join(f"{v:5.3f}" for v in (result["clean_ece"], *result["ece_by_severity"])))
-    if "mce" in result:
-        say(f"mCE {result['mce']:.1f} %, relative mCE {result['relative_mce']:.1f} % (normalised by AlexNet)")
-    elif result["kind"] == "CIFAR-10-C" and result["corruptions"] == len(NAMES):
-        say(f"mean corruption error {result['mean_error']:.2f} % (CIFAR-10-C's convention, not normalised)")
-    else:
-        say(f"mean error over {result['corruptions']} corruptions: {result['mean_error']:.2f} %")
-    if "ratio_to_baseline" in result:
-        say(f"ratio to {result['baseline']['classifier']}: {result['ratio_to_baseline']:.3f} (its mean error {result['baseline']['mean_error']:.2f} %)")
 
 
 if __name__ == "__main__":

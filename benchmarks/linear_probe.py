@@ -21,17 +21,18 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import linear_probe as ours  # noqa: E402
-from images import load_data  # noqa: E402
-from metrics import topk  # noqa: E402
-from options import run_command  # noqa: E402
-from pretrain import choose_device  # noqa: E402
+from common.cli import run_command  # noqa: E402
+from common.data import load_data, take  # noqa: E402
+from common.frozen import extract, load_encoder  # noqa: E402
+from common.metrics import topk  # noqa: E402
+from common.ranks import choose_device  # noqa: E402
 
 CELLS = [(lr, decay) for lr in ours.LRS for decay in ours.DECAYS]
 
 
 def settings(epochs):
     return SimpleNamespace(epochs=epochs, batch=512, lr=1.0, warmup=0.0, warmup_from=0.0, optimizer="sgd", momentum=0.9, nesterov=True, schedule="cosine",
-                           label_smoothing=0.0, standardize=True, seed=0)  # fmt: skip
+                           label_smoothing=0.0, standardize=True, seed=0)
 
 
 def made_features(n, width, classes, device):
@@ -47,7 +48,7 @@ def usual_loop(frozen, train, test, cell, epochs, batch=512):
     device, (lr, decay) = frozen.mean.device, cell
     y_train, y_test = train.labels.to(device), test.labels.to(device)
     with torch.no_grad():
-        r = ours.extract(frozen, train)
+        r = extract(frozen, train)
         centre, spread = r.mean(0), r.std(0).clamp(min=1e-6)  # the standardisation that ours has as well
     linear = torch.nn.Linear(r.shape[1], len(train.classes), device=device)
     torch.nn.init.zeros_(linear.weight)
@@ -65,7 +66,7 @@ def usual_loop(frozen, train, test, cell, epochs, batch=512):
             schedule.step()
     seconds = now(device) - start
     with torch.no_grad():
-        return topk(linear((ours.extract(frozen, test) - centre) / spread), y_test, 1), seconds
+        return topk(linear((extract(frozen, test) - centre) / spread), y_test, 1), seconds
 
 
 def now(device):
@@ -89,19 +90,19 @@ def main(run, epochs, part, device):
     ours.probe(r, y, 10, CELLS, settings(epochs))
     click.echo(f"50,000 x 512 features, {len(CELLS)} cells, {epochs} epochs, and the best cell once more: {now(device) - start:.1f} s")
 
-    frozen = ours.load_encoder(run / "ckpt.pt", device)
+    frozen = load_encoder(run / "ckpt.pt", device)
     source = (frozen.config["dataset"], frozen.config["data"])
     train, test = load_data(*source, True, size=frozen.size), load_data(*source, False, size=frozen.size)
     n = len(train.labels)
 
     def end_to_end(some):
         start = now(device)
-        r_train, r_test = ours.extract(frozen, some), ours.extract(frozen, test)
+        r_train, r_test = extract(frozen, some), extract(frozen, test)
         found = ours.probe(r_train, some.labels.to(device), len(train.classes), CELLS, settings(epochs))
         top1 = topk(found.classifier(r_test), test.labels.to(device), 1)
         return top1, found.cell, now(device) - start
 
-    few = ours.take(train, torch.arange(min(part, n)))
+    few = take(train, torch.arange(min(part, n)))
     part_top1, cell, _ = end_to_end(few)
     usual_top1, usual = usual_loop(frozen, few, test, cell, epochs)
     usual *= n / len(few.labels)

@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import torch
@@ -26,10 +25,13 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-import images
 import losses
 import pretrain
 from benchmarks.losses import textbook_out
+from common.config import Config
+from common.data import mean_and_std, shapes
+from common.models import bfloat16_is_fast
+from common.views import draw_view, make_view
 
 
 def sim_augment(size, mean, std):
@@ -40,7 +42,7 @@ def sim_augment(size, mean, std):
         transforms.RandomGrayscale(0.2),
         transforms.ToTensor(),
         transforms.Normalize(mean.tolist(), std.tolist()),
-    ])  # fmt: skip
+    ])
 
 
 class TwoViews(torch.utils.data.Dataset):
@@ -62,8 +64,8 @@ def endless(loader):
 def steps_of(config, data, workers):
     """Functions that take one training step each, by name."""
     device = torch.device(config.device)
-    mean, std = (v.to(device) for v in images.mean_and_std("shapes", data.images))
-    autocast = torch.bfloat16 if pretrain.bfloat16_is_fast(device) else None
+    mean, std = (v.to(device) for v in mean_and_std("shapes", data.images))
+    autocast = torch.bfloat16 if bfloat16_is_fast(device) else None
     pixels, labels = data.images.to(device), data.labels.to(device)
     g = torch.Generator().manual_seed(0)
 
@@ -82,8 +84,8 @@ def steps_of(config, data, workers):
 
     def our_step():
         rows = torch.randperm(len(labels), generator=g)[: config.batch].to(device)
-        draws = [images.draw_view(config.batch, config.size, "sim", g) for _ in range(2)]
-        views = [images.make_view(pixels[rows], pretrain.part_of(draw, slice(None), device), mean, std) for draw in draws]
+        draws = [draw_view(config.batch, config.size, "sim", g) for _ in range(2)]
+        views = [make_view(pixels[rows], draw.to(device), mean, std) for draw in draws]
         z, _ = ours(torch.cat(views).contiguous(memory_format=torch.channels_last))
         descend(ours_sgd, losses.supcon_out(z, labels[rows].repeat(2), 0.1))
 
@@ -108,13 +110,13 @@ def steps_of(config, data, workers):
 
 def views_on_one_core(data, size):
     """Functions that make views of 256 images, on one thread."""
-    mean, std = images.mean_and_std("shapes", data.images)
+    mean, std = mean_and_std("shapes", data.images)
     transform, pictures = sim_augment(size, mean, std), [to_pil_image(x) for x in data.images[:256]]
     g = torch.Generator().manual_seed(0)
 
     def ours():
-        draw = images.draw_view(256, size, "sim", g)
-        return images.make_view(data.images[:256], draw, mean, std)
+        draw = draw_view(256, size, "sim", g)
+        return make_view(data.images[:256], draw, mean, std)
 
     return {"views, ours": ours, "views, torchvision": lambda: torch.stack([transform(x) for x in pictures])}
 
@@ -139,14 +141,11 @@ def rounds(runs, count):
 @click.option("--rounds", "count", default=5, help="Rounds, of which the median counts.")
 def main(arch, size, batch, device, workers, count):
     """Print images per second and their ratios."""
-    config = SimpleNamespace(
-        arch=arch, size=size, batch=batch, device=device, stem="3x3" if size <= 64 else "7x7", loss="supcon", proj_hidden=None,
-        proj_depth=2, proj_dim=128, normalize_encoder=False, ce_weight=0, ce_detach=False, num_classes=10, seed=0,
-    )  # fmt: skip
-    data = images.shapes(max(1024, batch), size, 0)
+    config = Config(arch=arch, size=size, batch=batch, device=device, stem="3x3" if size <= 64 else "7x7", num_classes=10)
+    data = shapes(max(1024, batch), size, 0)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
     click.echo(f"{name}, torch {torch.__version__}, torchvision {torchvision.__version__}, python {platform.python_version()}; "
-               f"{arch}, {size} x {size}, batch {batch} x 2 views\n")  # fmt: skip
+               f"{arch}, {size} x {size}, batch {batch} x 2 views\n")
     click.echo("| step | images/s | of ours |\n| --- | --- | --- |")
     show(rounds(steps_of(config, data, workers), count), batch, "ours")
     threads = torch.get_num_threads()

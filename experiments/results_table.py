@@ -33,7 +33,7 @@ def worth(run):
     return [
         run.name, f"{probe['top1']:.2f}", f"{probe['knn_top1']:.2f}", f"{probe['ece']:.3f}", f"{probe['ece_after_temperature']:.3f}",
         f"{corrupted['mean_error']:.2f}", *(f"{probe[name]:.2f}" for name in ("alignment", "uniformity", "tolerance")),
-    ]  # fmt: skip
+    ]
 
 
 def probe_of(run):

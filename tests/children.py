@@ -15,13 +15,14 @@ import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
+import common.cli
 
 PROJECT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120  # seconds; a rank that waits for another one for ever fails its test, and no more
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["children", "options", "pretrain", "linear_probe", "robustness", "torch.distributed"])
+server.set_forkserver_preload(["children", "pretrain", "linear_probe", "robustness", "torch.distributed"])
 
 
 def preload():
@@ -159,7 +160,6 @@ def child(function, arguments, environment, streams):
 
 def run_script(script, *arguments):
     """What the last two lines of a script do."""
-    import options
 
     sys.argv = [f"{script}.py", *arguments]
-    options.run_command(importlib.import_module(script).main)
+    common.cli.run_command(importlib.import_module(script).main)

@@ -32,7 +32,7 @@ def state_of_the_process():
     """Whatever one test could leave behind for the next, by name."""
     backends = torch.backends
     places = {"all": backends, "CUDA": backends.cuda.matmul, "cuDNN": backends.cudnn, "cuDNN conv": backends.cudnn.conv,
-              "oneDNN": backends.mkldnn, "oneDNN matmul": backends.mkldnn.matmul, "oneDNN conv": backends.mkldnn.conv}  # fmt: skip
+              "oneDNN": backends.mkldnn, "oneDNN matmul": backends.mkldnn.matmul, "oneDNN conv": backends.mkldnn.conv}
     state = {f"fp32_precision ({name})": getattr(place, "fp32_precision", None) for name, place in places.items()}
     state |= {
         "torch.get_float32_matmul_precision()": reading(torch.get_float32_matmul_precision),
@@ -50,7 +50,7 @@ def state_of_the_process():
         "the environment": {name: value for name, value in os.environ.items() if not name.startswith(SETS_THEMSELVES)},
     }
     return state | {f"the handler of {number.name}": signal.getsignal(number) for number in signal.valid_signals()
-                    if isinstance(number, signal.Signals)}  # fmt: skip
+                    if isinstance(number, signal.Signals)}
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-import options
+import common.cli
 from children import ENVIRONMENT, PROJECT
-from run_folder import load_checkpoint
+from common.run_folder import load_checkpoint
 
 SMALL = ["--dataset", "shapes", "--size", "16", "--limit", "200", "--batch", "50", "--epochs", "4", "--log-every", "1", "--device", "cpu"]
 FOLDER = ["--dataset", "folder", "--arch", "small", "--size", "16", "--batch", "4", "--epochs", "1", "--device", "cpu"]
@@ -68,7 +68,7 @@ def refusal(script, arguments, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        options.run_command(script.main)
+        common.cli.run_command(script.main)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
     return error

@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import images
+import common.cli
+import common.config
+import common.data
+import common.run_folder
 import linear_probe
 import pretrain
-import run_folder
 from fuzz_command_lines import fuzz
 from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal, train
 
@@ -44,9 +46,14 @@ BAD = [
     (["--limit", "2", "--batch", "2", "--loss", "n-pair"], "two images of every class"),
     (["--arch", "resnet20"], "--arch"),
     (["--stem", "5x5"], "--stem"),
-    (["--proj-depth", "0"], "--proj-depth"),
-    (["--proj-hidden", "0"], "--proj-hidden"),
-    (["--proj-dim", "0"], "--proj-dim"),
+    (["--projection", "0"], "--projection"),
+    (["--projection", "128-"], "is not of the form 128, r-128 or 2048-128"),
+    (["--projection", "1-1-1-1-1"], "--projection"),
+    (["--projection", "128-r"], "--projection"),
+    (["--proj-depth", "3"], "--proj-depth has another name now: --projection"),
+    (["--proj-hidden", "9"], "--proj-hidden has another name now: --projection"),
+    (["--proj-dim", "64"], "--proj-dim has another name now: --projection"),
+    (["--figure"], "--figure has another name now: python -m common.figures RUN..."),
     (["--schedule", "linear"], "--schedule"),
     (["--micro-batch", "0"], "--micro-batch"),
     (["--micro-batch", "7"], "--micro-batch 7 does not divide the 50"),
@@ -75,7 +82,7 @@ BAD = [
     (["--margin", "0.3"], "--margin has a meaning for --loss triplet and max-margin alone"),
     (["--mining", "hard"], "--mining has a meaning for --loss triplet alone"),
     (["--npair-l2", "0.1"], "--npair-l2 has a meaning for --loss n-pair alone"),
-    (["--loss", "ce", "--proj-dim", "64"], "--proj-dim has a meaning for a contrastive --loss alone"),
+    (["--loss", "ce", "--projection", "64"], "--projection has a meaning for a contrastive --loss alone"),
     (["--stem", "7x7"], "--stem has a meaning for the ResNets alone"),
     (["--save-minutes", "-1"], "--save-minutes"),
     (["--device", "cuda:99"], "--device cuda:99"),
@@ -90,7 +97,7 @@ BAD = [
     (["--run-dir", "r" * 300], "cannot be looked for"),
     (["--resume", "r" * 300], "cannot be looked for"),
     (["--dataset", "folder", "--data", "d" * 300], "cannot be read"),
-    (["--proj-dim", "99999999999999999999"], "--proj-dim"),
+    (["--projection", "99999999999999999999"], "--projection"),
     (["--batch", "9" * 400], "--batch"),
     (["--lr", "1", "--lr-per-256", "1"], "leave one out"),
     (["--queue", "9", "--loss", "triplet"], "--queue has no meaning for --loss triplet"),
@@ -102,7 +109,6 @@ BAD = [
     (["--balanced", "--loss", "n-pair"], "leave --balanced out"),
     (["--nesterov", "--optimizer", "lars"], "--nesterov is SGD's"),
     (["--mix", "mixup", "--micro-batch", "1"], "--mix needs two images at a time"),
-    (["--proj-hidden", "9", "--proj-depth", "1"], "--proj-hidden has a meaning for --proj-depth 2"),
     (["--jitter", "1", "--augment", "crop"], "--jitter has a meaning for --augment sim"),
     (["--label-noise", "0.1", "--loss", "simclr"], "--label-noise has a meaning for losses that read labels"),
     (["--recipe", "cifar11"], "--recipe"),
@@ -212,7 +218,7 @@ def resume_in_parts_that_do_not_divide(here, ckpt):
 
 def changed(here, ckpt, **entries):
     (here / "ckpt.pt").write_bytes(ckpt)
-    contents = run_folder.load_checkpoint(here / "ckpt.pt")
+    contents = common.run_folder.load_checkpoint(here / "ckpt.pt")
     contents |= entries | {"config": contents["config"] | entries.get("config", {})}
     torch.save(contents, here / "ckpt.pt")
     return here / "ckpt.pt"
@@ -315,8 +321,8 @@ SITUATIONS = [
     probe_of_an_empty_file, probe_of_text, probe_of_half_a_checkpoint, probe_of_another_kind_of_file, probe_of_a_bare_tensor,
     probe_of_a_classifier, probe_of_a_checkpoint_without_an_encoder, probe_of_another_encoder, probe_on_missing_data,
     probe_without_a_test_set, probe_of_other_test_classes, probe_of_one_class, probe_with("--epochs", "0"), probe_with("--lr", "x"),
-    probe_with("--lr", "nan"), probe_with("--lr", "1e300"), probe_with("--weight-decay", "1e31"), probe_with("--limit", "0"), probe_with("--batch", "0"), probe_with("--device", "toaster"),
-]  # fmt: skip
+    probe_with("--lr", "nan"), probe_with("--lr", "1e300"), probe_with("--weight-decay", "1e31"), probe_with("--limit", "0"), probe_with("--batch", "0"), probe_with("--device", "toaster"), probe_with("--fraction", "0.5"), probe_with("--subset", "0"),
+]
 
 
 @pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.__name__)
@@ -336,10 +342,10 @@ def test_a_corrupt_image_is_named_in_one_line(split, contents, options, tmp_path
     path = tmp_path / split / "b" / "2.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:60] + b"xxxx" + whole[64:] if contents == "cut" else contents)
-    monkeypatch.setattr(images, "SAMPLE", 1 if split == "train" else images.SAMPLE)  # of a streamed folder: met by a worker
+    monkeypatch.setattr(common.data, "SAMPLE", 1 if split == "train" else common.data.SAMPLE)  # of a streamed folder: met by a worker
     assert str(path) in refusal(pretrain, [*FOLDER, "--data", tmp_path, "--log-every", "1", "--run-dir", tmp_path / "run", *options], monkeypatch, capsys)
     if options and split == "train":  # met in the middle of the training
-        assert run_folder.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == len(log_of(tmp_path / "run"))
+        assert common.run_folder.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == len(log_of(tmp_path / "run"))
 
 
 def test_resume_refuses_a_folder_of_other_classes_and_takes_an_older_checkpoint(tmp_path, monkeypatch, capsys):
@@ -348,9 +354,10 @@ def test_resume_refuses_a_folder_of_other_classes_and_takes_an_older_checkpoint(
     run = tmp_path / "run"
     train(*FOLDER, "--data", tmp_path / "two", "--loss", "ce", "--run-dir", run)
     assert "other classes" in refusal(pretrain, ["--resume", run, "--epochs", "2", "--data", tmp_path / "three"], monkeypatch, capsys)
-    contents = run_folder.load_checkpoint(run / "ckpt.pt")
-    for option in ("micro_batch", "sync_bn", "compile", "stream", "workers", "queue", "mix", "optimizer"):
+    contents = common.run_folder.load_checkpoint(run / "ckpt.pt")
+    for option in ("micro_batch", "sync_bn", "compile", "stream", "workers", "queue", "mix", "optimizer", "projection"):
         del contents["config"][option]
+    contents["config"] |= {"proj_depth": 2, "proj_hidden": None, "proj_dim": 128, "figure": False}  # of version 0.3
     torch.save(contents, run / "ckpt.pt")
     assert "--queue" in refusal(pretrain, ["--resume", run, "--epochs", "2", "--queue", "9"], monkeypatch, capsys)
     train("--resume", run, "--epochs", "2", "--micro-batch", "2")
@@ -363,8 +370,8 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_pat
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"format": "supcon-pretrain-1", "config": Mischief()}, tmp_path / "ckpt.pt")
-    with pytest.raises(images.Refused):
-        run_folder.load_checkpoint(tmp_path / "ckpt.pt")
+    with pytest.raises(common.cli.Refused):
+        common.run_folder.load_checkpoint(tmp_path / "ckpt.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -375,3 +382,14 @@ def test_random_command_lines_end_well_or_are_refused(tmp_path):
 @pytest.mark.long
 def test_many_random_command_lines_end_well_or_are_refused(tmp_path):
     fuzz(tmp_path, examples=200)
+
+
+@pytest.mark.parametrize("depth, hidden, dim, projection", [
+    (2, None, 128, "r-128"), (1, None, 64, "64"), (3, 2048, 128, "2048-2048-128"), (3, None, 9, "r-r-9"),
+])
+def test_the_heads_of_earlier_versions_have_their_widths(depth, hidden, dim, projection):
+    old = {"loss": "supcon", "proj_depth": depth, "proj_hidden": hidden, "proj_dim": dim, "figure": False}
+    config = common.config.of_checkpoint({"config": old})
+    assert config.projection == projection and config.loss == "supcon"
+    widths = common.config.widths_of(config.projection, 512)
+    assert widths == [512] + [hidden or 512] * (depth - 1) + [dim]

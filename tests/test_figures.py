@@ -1,9 +1,9 @@
 """Every picture is drawn."""
 import pytest
 
-import pretrain
+import common.figures
 import robustness
-from runs import probe, refusal, train
+from runs import probe, refusal
 
 pytestmark = pytest.mark.seeds_torch
 
@@ -20,7 +20,7 @@ def test_pictures_are_drawn(trained, tmp_path):
 def test_learning_curves_are_drawn_from_logs(trained, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     (tmp_path / "log.jsonl").write_bytes((trained / "log.jsonl").read_bytes())
-    train("--figure", tmp_path, trained)
+    common.figures.main([str(tmp_path), str(trained)], standalone_mode=False)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "name one or several" in refusal(pretrain, ["--figure"], monkeypatch, capsys)
-    assert "no readable log.jsonl" in refusal(pretrain, ["--figure", tmp_path / "nowhere"], monkeypatch, capsys)
+    assert "RUNS" in refusal(common.figures, [], monkeypatch, capsys)
+    assert "no readable log.jsonl" in refusal(common.figures, [tmp_path / "nowhere"], monkeypatch, capsys)

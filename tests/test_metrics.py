@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import metrics
-import reference_numpy as ref
+import common.metrics
+import oracles
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -15,17 +15,17 @@ seeds = st.integers(0, 2**32 - 1)
 def test_calibration_error_is_the_oracles(seed, n, C, bins, scale):
     rng = np.random.default_rng(seed)
     scores, y = torch.tensor(scale * rng.normal(size=(n, C))), torch.tensor(rng.integers(0, C, n))
-    error, table = metrics.reliability(scores, y, bins)
-    assert error == pytest.approx(ref.expected_calibration_error(scores.softmax(1).numpy(), y.numpy(), bins), abs=1e-12)
+    error, table = common.metrics.reliability(scores, y, bins)
+    assert error == pytest.approx(oracles.expected_calibration_error(scores.softmax(1).numpy(), y.numpy(), bins), abs=1e-12)
     assert sum(row[0] for row in table) == n and all(0 <= row[2] <= 1 for row in table)
 
 
 def test_calibration_error_by_hand():
     p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.5, 0.5]], dtype=torch.double)
     y = torch.tensor([0, 1, 1, 0])  # confidences .9 (half right), .6 (right), .5 (right)
-    assert metrics.reliability(p.log(), y, 10)[0] == pytest.approx(0.5 * 0.4 + 0.25 * 0.4 + 0.25 * 0.5)
+    assert common.metrics.reliability(p.log(), y, 10)[0] == pytest.approx(0.5 * 0.4 + 0.25 * 0.4 + 0.25 * 0.5)
     edge = torch.tensor([[0.6, 0.4]], dtype=torch.double)  # (0.4, 0.6] of five bins holds 0.6 itself
-    assert ref.expected_calibration_error(edge.numpy(), [0], 5) == pytest.approx(0.4)
+    assert oracles.expected_calibration_error(edge.numpy(), [0], 5) == pytest.approx(0.4)
 
 
 @given(seeds, st.integers(2, 30), st.integers(1, 8), st.integers(1, 40), st.sampled_from([0.01, 0.07, 1]))
@@ -35,8 +35,8 @@ def test_nearest_neighbours_are_the_oracles(seed, n, D, k, tau):
     bank_y, query_y = rng.integers(0, 3, n), rng.integers(0, 3, 5)
     if D == 1 or np.isclose(np.diff(np.sort(bank / np.linalg.norm(bank, axis=1, keepdims=True) @ query.T, axis=0), axis=0), 0).any():
         return  # ties
-    ours = metrics.knn_top1(*map(torch.tensor, (bank, bank_y, query, query_y)), k=k, tau=tau)
-    assert ours == pytest.approx(ref.knn_top1(bank, bank_y, query, query_y, k, tau))
+    ours = common.metrics.knn_top1(*map(torch.tensor, (bank, bank_y, query, query_y)), k=k, tau=tau)
+    assert ours == pytest.approx(oracles.knn_top1(bank, bank_y, query, query_y, k, tau))
 
 
 @given(seeds, st.sampled_from([0.2, 1.0, 5.0]))
@@ -44,7 +44,7 @@ def test_the_temperature_is_the_minimum_of_the_cross_entropy(seed, scale):
     rng = np.random.default_rng(seed)
     y = torch.tensor(rng.integers(0, 3, 200))
     scores = torch.tensor(scale * (rng.normal(size=(200, 3)) + 1.5 * np.eye(3)[y]))
-    best = metrics.best_temperature(scores, y)
+    best = common.metrics.best_temperature(scores, y)
     nll = lambda t: torch.nn.functional.cross_entropy(scores / t, y).item()
     assert nll(best) <= min(nll(best * 1.01), nll(best / 1.01), nll(1.0)) + 1e-9
 
@@ -53,19 +53,19 @@ def test_temperature_undoes_a_scale():
     g = torch.Generator().manual_seed(0)
     scores = 2 * torch.randn(5000, 4, generator=g, dtype=torch.double)
     y = torch.multinomial(scores.softmax(1), 1, generator=g).squeeze(1)  # calibrated as it is
-    assert metrics.best_temperature(7 * scores, y) == pytest.approx(7, rel=0.1)
-    assert metrics.reliability(7 * scores, y)[0] > 0.15 > 0.03 > metrics.reliability(scores, y)[0]
+    assert common.metrics.best_temperature(7 * scores, y) == pytest.approx(7, rel=0.1)
+    assert common.metrics.reliability(7 * scores, y)[0] > 0.15 > 0.03 > common.metrics.reliability(scores, y)[0]
 
 
 def test_weighted_neighbours_outvote_the_many_far_ones():
     bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [-0.1, 1.0]])
     query = torch.tensor([[1.0, 0.1], [0.0, 2.0]])  # nearest: the one row of class 1; then three rows of class 0
-    assert metrics.knn_top1(bank, torch.tensor([1, 0, 0, 0]), query, torch.tensor([1, 0])) == 100
-    assert metrics.knn_top1(bank, torch.tensor([1, 0, 0, 0]), query, torch.tensor([0, 0])) == 50
+    assert common.metrics.knn_top1(bank, torch.tensor([1, 0, 0, 0]), query, torch.tensor([1, 0])) == 100
+    assert common.metrics.knn_top1(bank, torch.tensor([1, 0, 0, 0]), query, torch.tensor([0, 0])) == 50
 
 
 def test_probe_metrics_by_hand():
     scores = torch.tensor([[3.0, 2, 1], [1, 3, 2], [1, 3, 2], [1, 2, 3]])
     y = torch.tensor([0, 0, 1, 1])  # row 1: 0 taken for 1; row 3: 1 taken for 2
-    assert metrics.topk(scores, y, 1) == 50 and metrics.topk(scores, y, 2) == 75
-    assert sorted(metrics.worst_confusions(scores, y, ["a", "b", "c"])) == [["a", "b", 50.0], ["b", "c", 50.0]]
+    assert common.metrics.topk(scores, y, 1) == 50 and common.metrics.topk(scores, y, 2) == 75
+    assert sorted(common.metrics.worst_confusions(scores, y, ["a", "b", "c"])) == [["a", "b", 50.0], ["b", "c", 50.0]]

@@ -12,10 +12,10 @@ import time
 import pytest
 import torch
 
-import images
+import common.cli
+import common.run_folder
 import linear_probe
 import pretrain
-import run_folder
 from children import call, run_script, start, workers_of
 from kill_and_resume import WAYS, kill_and_resume
 from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal, same_bits, state_of, torchrun, train
@@ -53,9 +53,9 @@ def test_the_log_is_cut_back_to_the_checkpoint_in_place(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "epoch": 1}\n{"step": 3}\n{"st')
     before = log.stat().st_ino
-    run_folder.cut_log(log, 2)
+    common.run_folder.cut_log(log, 2)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "epoch": 1}\n' and log.stat().st_ino == before
-    run_folder.cut_log(log, 9)
+    common.run_folder.cut_log(log, 9)
     assert log.read_text().count("\n") == 3
 
 
@@ -66,7 +66,7 @@ def test_a_signal_saves_and_ends_with_the_command_that_goes_on(word, long, tmp_p
     wait_for_step(folder, 9, stopped.running)
     stopped.signal(word)
     stopped.wait(timeout=10)
-    step = run_folder.load_checkpoint(folder / "ckpt.pt")["step"]
+    step = common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"]
     assert stopped.status == 0 and "Traceback" not in stopped.err and 9 <= step < 64
     assert f"stopped after step {step} of 64" in stopped.out
     command = shlex.split(stopped.out.splitlines()[-1])
@@ -100,7 +100,7 @@ def test_a_reader_that_is_killed_ends_the_run_at_its_last_step(tmp_path):
     os.kill(workers_of(*bereft.pids)[0], signal.SIGKILL)
     bereft.wait()
     assert bereft.status == 2 and bereft.err.count("\n") == 1 and "lower --workers" in bereft.err
-    assert run_folder.load_checkpoint(folder / "ckpt.pt")["step"] == log_of(folder)[-1]["step"]
+    assert common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"] == log_of(folder)[-1]["step"]
 
 
 def test_a_signal_to_torchrun_in_the_middle_of_an_epoch_ends_every_rank(tmp_path):
@@ -111,7 +111,7 @@ def test_a_signal_to_torchrun_in_the_middle_of_an_epoch_ends_every_rank(tmp_path
     wait_for_step(folder, 60, lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=10)  # torchrun ends after its ranks have
-    step = run_folder.load_checkpoint(folder / "ckpt.pt")["step"]
+    step = common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"]
     assert 60 <= step < 100 and step % 50
     assert out.splitlines()[-1] == f"torchrun --nproc_per_node=2 pretrain.py --resume {folder}"
     assert start("pretrain", "--resume", folder, ranks=2).wait().status == 0
@@ -130,8 +130,8 @@ def test_a_run_goes_on_with_other_ranks_and_parts_of_the_same_batch(tmp_path, mo
 def test_checkpoints_are_saved_every_few_minutes_too(tmp_path):
     run = tmp_path / "run"
     train(*SMALL, "--epochs", "1", "--save-minutes", "0", "--run-dir", run)
-    assert run_folder.load_checkpoint(run / "ckpt.pt")["step"] == 4
-    previous = run_folder.load_checkpoint(run / "ckpt-previous.pt")
+    assert common.run_folder.load_checkpoint(run / "ckpt.pt")["step"] == 4
+    previous = common.run_folder.load_checkpoint(run / "ckpt-previous.pt")
     assert previous["step"] == 3 and previous["losses_of_epoch"] == [line["loss"] for line in log_of(run)[:3]]
 
 
@@ -149,13 +149,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(damage, long, tmp_
     train("--resume", run)
     assert (f"{newest} cannot be read: going on from {run / 'ckpt-previous.pt'}, step 4" in capsys.readouterr().err) == (damage is not None)
     assert same_bits(state_of(run), whole[0]) and log_of(run) == whole[1]
-    assert run_folder.load_checkpoint(run / "ckpt-previous.pt")["step"] == 4  # not the damaged one
+    assert common.run_folder.load_checkpoint(run / "ckpt-previous.pt")["step"] == 4  # not the damaged one
 
 
 def test_a_checkpoint_that_another_process_has_left_behind_is_not_gone_back_from(trained):
     files = files_in(trained)
-    with pytest.raises(images.Refused, match="has gone on to step 16 meanwhile"):
-        run_folder.RunFolder(trained, {}, step=12)
+    with pytest.raises(common.cli.Refused, match="has gone on to step 16 meanwhile"):
+        common.run_folder.RunFolder(trained, {}, step=12)
     assert {k: v for k, v in files_in(trained).items() if k.name != "lock"} == {k: v for k, v in files.items() if k.name != "lock"}
 
 
@@ -206,7 +206,7 @@ def test_a_full_disk_loses_nothing(long, tmp_path):
         errors = [line for line in full.err.splitlines() if line.startswith("error: ")]
         assert full.status == 2 and len(errors) == 1 and "Traceback" not in full.err
         assert "the last good one stays: free space" in errors[0]
-        assert run_folder.load_checkpoint(folder / "ckpt.pt")["step"] == 4 and not (folder / "ckpt.tmp").exists()
+        assert common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"] == 4 and not (folder / "ckpt.tmp").exists()
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         train("--resume", folder)
         assert log_of(folder) == log_of(long) and same_bits(state_of(folder), state_of(long))
@@ -233,8 +233,11 @@ def test_a_log_that_cannot_be_written_stops_the_run(tmp_path, monkeypatch, capsy
         def write(self, line):
             return len(line) // 2
 
-    monkeypatch.setattr(run_folder.RunFolder, "_log", Full(), raising=False)
-    monkeypatch.setattr(run_folder.RunFolder, "__setattr__", lambda self, name, value: None if name == "_log" else object.__setattr__(self, name, value))
+        def close(self):
+            pass
+
+    monkeypatch.setattr(common.run_folder.RunFolder, "_log", Full(), raising=False)
+    monkeypatch.setattr(common.run_folder.RunFolder, "__setattr__", lambda self, name, value: None if name == "_log" else object.__setattr__(self, name, value))
     assert "log.jsonl cannot be written" in refusal(pretrain, [*SMALL, "--run-dir", tmp_path / "run"], monkeypatch, capsys)
 
 
@@ -243,7 +246,7 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_the_last_good_checkpoint(
     explosive = ["--loss", "n-pair", "--npair-l2", "0", "--lr", "1e30", "--schedule", "constant", "--warmup", "2.5", "--warmup-from", "0.001", "--log-every", "100"]
     error = refusal(pretrain, [*SMALL, *explosive, "--run-dir", run], monkeypatch, capsys)
     step, saved = (int(n) for n in re.search(r"step (\d+) \(learning rate .*of step (\d+)", error).groups())
-    good = run_folder.load_checkpoint(run / "ckpt.pt")
+    good = common.run_folder.load_checkpoint(run / "ckpt.pt")
     assert good["step"] == saved < step and "--lr" in error
     assert all(entry.isfinite().all() for entry in good["encoder"].values())
 
@@ -259,11 +262,11 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, caps
     monkeypatch.setattr(pretrain, "build_model", poisoned)
     error = refusal(pretrain, [*SMALL, "--save-minutes", "0", "--log-every", "100", "--run-dir", run], monkeypatch, capsys)
     assert "a weight is not finite at step 2" in error and "ckpt.pt of step 1" in error
-    assert run_folder.load_checkpoint(run / "ckpt.pt")["step"] == 1
+    assert common.run_folder.load_checkpoint(run / "ckpt.pt")["step"] == 1
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")])  # fmt: skip
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")])
 def test_too_little_memory_names_the_options_to_lower(error, tmp_path, monkeypatch, capsys):
     def short(*arguments):
         raise error

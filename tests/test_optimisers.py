@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pretrain
-import recipes
-import reference_numpy as ref
+import common.optim
+import oracles
 from runs import SMALL, log_of, train
 
 pytestmark = pytest.mark.seeds_torch
@@ -20,22 +19,22 @@ def config(**options):
 
 
 def test_warmup_and_cosine_are_the_reference_codes():
-    lr = [recipes.learning_rate(config(), step, 10) for step in range(10001)]
+    lr = [common.optim.learning_rate(config(), step, 10) for step in range(10001)]
     assert lr[0] == 0.01 and lr[50] == pytest.approx((0.01 + lr[100]) / 2) and lr[100] == pytest.approx(0.49988, abs=5e-6)
     assert all(a > b for a, b in zip(lr[100:], lr[101:])) and lr[10000] == pytest.approx(0.5e-3)
     assert lr[5000] == pytest.approx(0.5 * (1e-3 + 1) / 2)
 
 
 def test_step_exponential_and_constant_by_hand():
-    step = [recipes.learning_rate(config(schedule="step", warmup=0.0), s, 1) for s in (0, 699, 700, 800, 900, 999)]
+    step = [common.optim.learning_rate(config(schedule="step", warmup=0.0), s, 1) for s in (0, 699, 700, 800, 900, 999)]
     assert step == pytest.approx([0.5, 0.5, 0.05, 0.005, 0.0005, 0.0005])
-    probe = [recipes.learning_rate(config(schedule="step", warmup=0.0, epochs=100, lr=5.0), s, 1, marks=(0.6, 0.75, 0.9), factor=0.2) for s in (59, 60, 75, 90)]
+    probe = [common.optim.learning_rate(config(schedule="step", warmup=0.0, epochs=100, lr=5.0), s, 1, marks=(0.6, 0.75, 0.9), factor=0.2) for s in (59, 60, 75, 90)]
     assert probe == pytest.approx([5, 1, 0.2, 0.04])
-    exponential = [recipes.learning_rate(config(schedule="exponential", warmup=0.0), s, 4) for s in (0, 1, 2, 3, 4, 400)]
+    exponential = [common.optim.learning_rate(config(schedule="exponential", warmup=0.0), s, 4) for s in (0, 1, 2, 3, 4, 400)]
     assert exponential == pytest.approx([0.5 * 0.97**k for k in (0, 0, 1, 1, 2, 200)])
-    warmed = [recipes.learning_rate(config(schedule="exponential", warmup=2.0, warmup_from=0.0), s, 4) for s in (0, 4, 8, 10)]
+    warmed = [common.optim.learning_rate(config(schedule="exponential", warmup=2.0, warmup_from=0.0), s, 4) for s in (0, 4, 8, 10)]
     assert warmed == pytest.approx([0, 0.25, 0.5, 0.5 * 0.97])  # it decays from the end of the warm-up on
-    assert recipes.learning_rate(config(schedule="constant", warmup=0.0), 7, 4) == 0.5
+    assert common.optim.learning_rate(config(schedule="constant", warmup=0.0), 7, 4) == 0.5
 
 shapes = st.sampled_from([(3,), (2, 3), (4, 1), (2, 1, 3, 3)])
 
@@ -45,11 +44,11 @@ def test_lars_is_the_oracles(seed, shape, momentum, decay, scale_w, scale_g):
     rng = np.random.default_rng(seed)
     w, grads = scale_w * rng.normal(size=shape), [scale_g * rng.normal(size=shape) for _ in range(20)]
     p = torch.nn.Parameter(torch.tensor(w))
-    optimizer = recipes.LARS([{"params": [p], "weight_decay": decay}], 0.3, momentum, eta=0.02)
+    optimizer = common.optim.LARS([{"params": [p], "weight_decay": decay}], 0.3, momentum, eta=0.02)
     for g in grads:
         p.grad = torch.tensor(g)
         optimizer.step()
-    np.testing.assert_allclose(p.detach().numpy(), ref.lars(w, grads, 0.3, momentum, decay, 0.02), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(p.detach().numpy(), oracles.lars(w, grads, 0.3, momentum, decay, 0.02), rtol=1e-12, atol=1e-14)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0, 0.9]), st.sampled_from([0, 0.01]))
@@ -57,7 +56,7 @@ def test_lars_is_sgd_where_its_ratio_is_1(seed, momentum, decay):
     rng = np.random.default_rng(seed)
     vector, matrix = torch.tensor(rng.normal(size=5)), torch.tensor(rng.normal(size=(3, 4)))
     ours, sgd = ([torch.nn.Parameter(vector.clone()), torch.nn.Parameter(matrix.clone())] for _ in range(2))
-    lars = recipes.LARS(ours, 0.1, momentum, decay, eta=1.0)
+    lars = common.optim.LARS(ours, 0.1, momentum, decay, eta=1.0)
     plain = torch.optim.SGD([{"params": sgd[:1], "weight_decay": 0}, {"params": sgd[1:]}], 0.1, momentum, weight_decay=decay)
     for _ in range(20):
         g = torch.tensor(rng.normal(size=(3, 4)))
@@ -76,14 +75,14 @@ def test_rmsprop_is_the_oracles(seed, shape, momentum, decay, scale):
     rng = np.random.default_rng(seed)
     w, grads = rng.normal(size=shape), [scale * rng.normal(size=shape) for _ in range(20)]
     p = torch.nn.Parameter(torch.tensor(w))
-    optimizer = recipes.RMSProp([{"params": [p], "weight_decay": decay}], 0.3, momentum)
+    optimizer = common.optim.RMSProp([{"params": [p], "weight_decay": decay}], 0.3, momentum)
     for g in grads:
         p.grad = torch.tensor(g)
         optimizer.step()
-    np.testing.assert_allclose(p.detach().numpy(), ref.rmsprop(w, grads, 0.3, momentum, decay), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(p.detach().numpy(), oracles.rmsprop(w, grads, 0.3, momentum, decay), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [recipes.LARS, recipes.RMSProp])
+@pytest.mark.parametrize("make", [common.optim.LARS, common.optim.RMSProp])
 def test_an_optimisers_state_survives_a_checkpoint(make):
     def run(restart):
         torch.manual_seed(0)
@@ -110,7 +109,7 @@ def test_every_optimiser_trains(optimizer, tmp_path):
 
 def test_schedule_is_the_reference_codes():
     config = SimpleNamespace(lr=0.5, epochs=1000, warmup=10, warmup_from=0.01, schedule="cosine")
-    rate = lambda step: pretrain.learning_rate(config, step, 48)
+    rate = lambda step: common.optim.learning_rate(config, step, 48)
     assert rate(0) == pytest.approx(0.01)
     # the reference warms up to its cosine's value at epoch 10: 5e-4 + (0.5 - 5e-4) (1 + cos(pi 10/1000)) / 2 = 0.49988
     assert rate(480) == pytest.approx(0.49988, abs=1e-5)

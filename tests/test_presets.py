@@ -2,9 +2,10 @@
 import pytest
 import torch
 
-import options
+import common.config
+import common.models
+import common.presets
 import pretrain
-import recipes
 from runs import folder_of, options_of, probe, train
 
 pytestmark = pytest.mark.seeds_torch
@@ -35,9 +36,9 @@ def peak(o):
     return o["lr_per_256"] * o["batch"] / 256 if "lr_per_256" in o else rates[0]
 
 
-@pytest.mark.parametrize("name", recipes.PRESETS)
+@pytest.mark.parametrize("name", common.presets.PRESETS)
 def test_presets_hold_the_published_numbers(name):
-    o, probe = recipes.PRESETS[name].pretrain, recipes.PRESETS[name].probe
+    o, probe = common.presets.PRESETS[name].pretrain, common.presets.PRESETS[name].probe
     optimizer = "nesterov" if o.get("nesterov") else o.get("optimizer", "sgd")
     here = [o["batch"], o["epochs"], peak(o), o.get("tau"), o.get("loss_scale"), o["weight_decay"], o["warmup"], optimizer, peak(probe) if probe else None]
     for ours, published in zip(here, PUBLISHED[name]):
@@ -45,47 +46,46 @@ def test_presets_hold_the_published_numbers(name):
 
 
 def test_the_presets_probes_and_heads_are_the_published_ones():
-    for name, preset in recipes.PRESETS.items():
+    for name, preset in common.presets.PRESETS.items():
         o, probe = preset.pretrain, preset.probe
-        imagenet, official = name.startswith("imagenet"), recipes.OFFICIAL in preset.source
+        imagenet, official = name.startswith("imagenet"), common.presets.OFFICIAL in preset.source
         assert o["momentum"] == 0.9 and o["schedule"] == "cosine" and o["stem"] == ("7x7" if imagenet else "3x3")
         if imagenet and probe:
             assert probe["label_smoothing"] == 0.05 and probe["weight_decay"] == (1e-6,)
         if imagenet and official and o["loss"] == "supcon":
-            assert o["normalize_encoder"] and o["proj_depth"] == 1 and o["proj_dim"] == 128
+            assert o["normalize_encoder"] and o["projection"] == "128"
             assert probe["optimizer"] == "rmsprop"
             assert (probe["epochs"], probe["warmup"], probe["schedule"]) == (90, 12, "exponential")
         if official:  # its scripts' --projection_head_layers=2048,2048,128, and batch norm over all cores but for one script
-            assert o["loss"] != "simclr" or o["proj_depth"] == 3
+            assert o["loss"] != "simclr" or o["projection"] == "r-r-128"
             assert o.get("sync_bn", False) == (name != "cifar10-supcon-tf")
         if o["loss"] == "ce":
             assert not probe and o.get("label_smoothing", 0) == (0.05 if imagenet else 0)
         if o["augment"] == "sim":
             assert o["jitter"] == (1.0 if "solo" in name or name == "imagenet-simclr-r50" else 0.5)
-        if recipes.REFERENCE in preset.source and probe:
+        if common.presets.REFERENCE in preset.source and probe:
             assert (probe["epochs"], probe["batch"], probe["weight_decay"], probe["schedule"]) == (100, 512, (0.0,), "step")
-    assert {o.pretrain["augment"] for n, o in recipes.PRESETS.items() if "r200" in n} == {"stacked-rand"}
+    assert {o.pretrain["augment"] for n, o in common.presets.PRESETS.items() if "r200" in n} == {"stacked-rand"}
 
 
-@pytest.mark.parametrize("name", recipes.PRESETS)
+@pytest.mark.parametrize("name", common.presets.PRESETS)
 def test_every_preset_builds_its_encoder_and_takes_a_step(name, tmp_path, monkeypatch, capsys):
     """The real encoder is built without memory; the step is a small one's. One real ResNet is stepped below."""
     built = []
-    monkeypatch.setattr(pretrain, "build_encoder", lambda *how: built.append(how) or (pretrain.small_encoder(), 144))
+    monkeypatch.setattr(pretrain, "build_encoder", lambda *how: built.append(how) or (common.models.small_encoder(), 144))
     folder_of(tmp_path, ["train"], ["a", "b", "c"], size=(40, 40))
     small = ["--dataset", "folder", "--data", str(tmp_path), "--limit", "8", "--size", "32", "--batch", "8", "--epochs", "1", "--device", "cpu"]
-    small += ["--proj-hidden", "64"] if recipes.PRESETS[name].pretrain.get("proj_depth", 1) > 1 else []
     train(*small, "--recipe", name, "--workers", "0", "--run-dir", tmp_path / "run")
-    out, o = capsys.readouterr().out, recipes.PRESETS[name].pretrain
-    assert f"recipe {name}: {recipes.PRESETS[name].source}" in out and f"--batch {o['batch']}" in out
+    out, o = capsys.readouterr().out, common.presets.PRESETS[name].pretrain
+    assert f"recipe {name}: {common.presets.PRESETS[name].source}" in out and f"--batch {o['batch']}" in out
     config = options_of(tmp_path / "run")
-    kept = {k: v for k, v in o.items() if k not in ("dataset", "size", "batch", "epochs", "warmup", "lr", "lr_per_256", "stream", "sync_bn", "proj_hidden")}
+    kept = {k: v for k, v in o.items() if k not in ("dataset", "size", "batch", "epochs", "warmup", "lr", "lr_per_256", "stream", "sync_bn")}
     assert {k: config[k] for k in kept} == kept
     assert config["lr"] == pytest.approx(o["lr"] if "lr" in o else o["lr_per_256"] * 8 / 256)
     assert built == [(o["arch"], o["stem"])]
     monkeypatch.undo()
     with torch.device("meta"):
-        encoder, width = pretrain.build_encoder(*built[0])
+        encoder, width = common.models.build_encoder(*built[0])
     r = encoder(torch.empty(2, 3, 64, 64, device="meta"))
     assert r.shape == (2, width) and width == (512 if o["arch"] in ("resnet18", "resnet34") else 2048)
 
@@ -104,16 +104,16 @@ def test_imagenets_preset_runs_to_its_probe_on_a_folder_of_jpegs(tmp_path):
 def test_options_override_a_preset_and_what_is_bound_to_them():
     given = {"loss": "ce", "lr": 0.3, "epochs": 5}
     wanted = given | {"recipe": "imagenet-supcon-r50"}
-    taken = options.of_preset(wanted, set(given))
-    assert not {"loss", "tau", "loss_scale", "proj_depth", "lr", "lr_per_256", "epochs", "warmup"} & taken.keys()
+    taken = common.config.of_preset(wanted, set(given))
+    assert not {"loss", "tau", "loss_scale", "projection", "lr", "lr_per_256", "epochs", "warmup"} & taken.keys()
     assert taken["optimizer"] == "lars" and taken["batch"] == 6144
-    assert options.of_preset(wanted | {"loss": "supcon"}, {"loss"})["tau"] == 0.1  # given, but as the preset has it
+    assert common.config.of_preset(wanted | {"loss": "supcon"}, {"loss"})["tau"] == 0.1  # given, but as the preset has it
 
 
 def test_recipe_list_prints_every_number(capsys):
     train("--recipe", "list")
     out = capsys.readouterr().out
-    parts = dict(zip(recipes.PRESETS, out.split("recipe ")[1:]))
-    for name, preset in recipes.PRESETS.items():
+    parts = dict(zip(common.presets.PRESETS, out.split("recipe ")[1:]))
+    for name, preset in common.presets.PRESETS.items():
         assert parts[name].startswith(f"{name}: {preset.source}") and preset.differs in parts[name]
-        assert all(recipes.as_option(k, v) in parts[name] for stage in (preset.pretrain, preset.probe) for k, v in stage.items())
+        assert all(common.presets.as_option(k, v) in parts[name] for stage in (preset.pretrain, preset.probe) for k, v in stage.items())

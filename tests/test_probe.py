@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import images
+import common.cli
+import common.data
+import common.frozen
+import common.metrics
 import linear_probe
-import metrics
 import reference_numpy as ref
 from runs import FOLDER, folder_of, probe, train
 
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.seeds_torch
 
 def fit(**options):
     defaults = {"epochs": 8, "batch": 16, "optimizer": "sgd", "momentum": 0.9, "nesterov": True, "schedule": "cosine", "warmup": 1.0, "warmup_from": 0.0,
-                "label_smoothing": 0.0, "standardize": True, "seed": 0, "lr": 1.0}  # fmt: skip
+                "label_smoothing": 0.0, "standardize": True, "seed": 0, "lr": 1.0}
     return SimpleNamespace(**defaults | options)
 
 
@@ -64,14 +66,14 @@ def test_the_best_cell_is_chosen_on_the_held_out_part_of_the_training_set():
     found = linear_probe.probe(r, y, 4, [(1e-6, 0.0), (0.3, 0.0), (1e-6, 1.0)], fit(epochs=20))
     assert found.cell == (0.3, 0.0) and found.held_out_top1 == max(accuracy for _, _, accuracy in found.grid) and len(found.grid) == 3
     test_r, test_y = clusters(100, seed=1)
-    assert metrics.topk(found.classifier(test_r), test_y, 1) > 95
+    assert common.metrics.topk(found.classifier(test_r), test_y, 1) > 95
 
 
 def test_held_out_images_are_not_fitted_to():
     g = torch.Generator().manual_seed(0)
     r, y = torch.randn(200, 400, generator=g), torch.randint(4, (200,), generator=g)  # noise, wide enough to learn by heart
     found = linear_probe.probe(r, y, 4, [(0.1, 0.0), (0.3, 0.0)], fit(epochs=50))
-    assert metrics.topk(found.classifier(r), y, 1) == 100 and found.held_out_top1 < 60
+    assert common.metrics.topk(found.classifier(r), y, 1) == 100 and found.held_out_top1 < 60
 
 
 def test_every_class_of_several_images_gives_some_to_the_held_out_part():
@@ -90,7 +92,7 @@ def test_a_feature_that_only_moves_in_augmented_images_does_no_harm():
 
 def test_a_probe_that_explodes_is_refused():
     r, y = clusters(100)
-    with pytest.raises(images.Refused, match="lower --lr"):
+    with pytest.raises(common.cli.Refused, match="lower --lr"):
         linear_probe.probe(r * 1e20, y, 4, [(1e30, 1e30)], fit(standardize=False))
 
 
@@ -98,7 +100,7 @@ def test_a_probe_finds_what_is_linear_at_any_scale_of_the_features():
     r, y = clusters(200, spread=0.3)
     scale = torch.tensor([1e-3, 1, 10, 1, 1, 1e2])
     found = linear_probe.probe(r[:100] * scale + 5, y[:100], 4, [(0.1, 0.0)], fit(epochs=50, batch=20))
-    assert metrics.topk(found.classifier(r[100:] * scale + 5), y[100:], 1) == 100
+    assert common.metrics.topk(found.classifier(r[100:] * scale + 5), y[100:], 1) == 100
 
 
 def test_a_handful_of_images_is_probed_without_holding_any_out():
@@ -108,32 +110,32 @@ def test_a_handful_of_images_is_probed_without_holding_any_out():
 
 
 def test_a_saved_classifier_maps_images_to_the_reported_accuracy(probed):
-    classifier = linear_probe.load_classifier(probed)
-    test = images.load_data("shapes", None, False, size=16)
+    classifier = common.frozen.load_classifier(probed)
+    test = common.data.load_data("shapes", None, False, size=16)
     result = json.loads((probed.parent / "probe-first400.json").read_text())
     with torch.no_grad():
         scores = torch.cat([classifier(x) for x in test.images.split(500)])
         torch.testing.assert_close(classifier(test.images[:9].float() / 255), scores[:9], rtol=0.02, atol=0.02)
-    assert metrics.topk(scores, test.labels, 1) == pytest.approx(result["top1"], abs=0.11)
-    assert metrics.reliability(scores, test.labels)[0] == pytest.approx(result["ece"], abs=2e-3)
+    assert common.metrics.topk(scores, test.labels, 1) == pytest.approx(result["top1"], abs=0.11)
+    assert common.metrics.reliability(scores, test.labels)[0] == pytest.approx(result["ece"], abs=2e-3)
     assert classifier.classes == test.classes and classifier.temperature == result["temperature"]
     assert np.mean(list(result["per_class_top1"].values())) == pytest.approx(result["top1"], abs=2.0)
-    assert metrics.topk(scores, test.labels, 5) == pytest.approx(result["top5"], abs=0.11) and result["top5"] > result["top1"]
-    calibrated = metrics.reliability(scores / classifier.temperature, test.labels)[0]
+    assert common.metrics.topk(scores, test.labels, 5) == pytest.approx(result["top5"], abs=0.11) and result["top5"] > result["top1"]
+    calibrated = common.metrics.reliability(scores / classifier.temperature, test.labels)[0]
     assert calibrated == pytest.approx(result["ece_after_temperature"], abs=2e-3)
 
 
 def test_neighbours_and_geometry_are_those_of_the_encoder(probed):
-    frozen = linear_probe.load_encoder(probed.with_name("ckpt.pt"), torch.device("cpu"))
+    frozen = common.frozen.load_encoder(probed.with_name("ckpt.pt"), torch.device("cpu"))
     result = json.loads((probed.parent / "probe-first400.json").read_text())
-    train, test = images.load_data("shapes", None, True, size=16, limit=400), images.load_data("shapes", None, False, size=16)
-    r, r_test = linear_probe.extract(frozen, train), linear_probe.extract(frozen, test)
-    assert result["knn_top1"] == pytest.approx(metrics.knn_top1(r, train.labels, r_test, test.labels), abs=0.11) and result["test_images"] == 2000
+    train, test = common.data.load_data("shapes", None, True, size=16, limit=400), common.data.load_data("shapes", None, False, size=16)
+    r, r_test = common.frozen.extract(frozen, train), common.frozen.extract(frozen, test)
+    assert result["knn_top1"] == pytest.approx(common.metrics.knn_top1(r, train.labels, r_test, test.labels), abs=0.11) and result["test_images"] == 2000
     z = torch.nn.functional.normalize(r_test.double())
     assert result["uniformity"] == pytest.approx(ref.uniformity(z[:300].numpy()), abs=0.2)
     same = (test.labels[:, None] == test.labels).fill_diagonal_(False)
     assert result["tolerance"] == pytest.approx((z @ z.T)[same].mean().item(), abs=1e-3)
-    views = [torch.nn.functional.normalize(linear_probe.extract(frozen, test, key=(0, 8, v))) for v in range(2)]
+    views = [torch.nn.functional.normalize(common.frozen.extract(frozen, test, key=(0, 8, v))) for v in range(2)]
     assert result["alignment"] == pytest.approx((views[0] - views[1]).square().sum(1).mean().item(), abs=1e-5)
 
 
@@ -144,14 +146,14 @@ def test_fractions_augmentation_recipes_and_normalised_features_are_probed(train
     for name, options in {
         "plain": one, "augment": [*one, "--augment"], "l2": [*one, "--l2-normalize", "--no-standardize"], "raw": [*one, "--no-standardize"],
         "lars": ["--lr-per-256", "0.2", "--optimizer", "lars"], "smooth": [*one, "--label-smoothing", "0.2"],
-    }.items():  # fmt: skip
+    }.items():
         result = probe(tmp_path, "--limit", "600", "--epochs", "2", *options)
         assert 0 < result["top1"] <= result["top5"] <= 100
-        classifiers[name] = linear_probe.load_classifier(tmp_path / "classifier-first600.pt")
+        classifiers[name] = common.frozen.load_classifier(tmp_path / "classifier-first600.pt")
         if name == "l2":
-            test = images.load_data("shapes", None, False, size=16)
+            test = common.data.load_data("shapes", None, False, size=16)
             with torch.no_grad():
-                assert metrics.topk(classifiers[name](test.images), test.labels, 1) == pytest.approx(result["top1"], abs=0.2)
+                assert common.metrics.topk(classifiers[name](test.images), test.labels, 1) == pytest.approx(result["top1"], abs=0.2)
             assert result["fit"]["l2_normalize"] and not result["fit"]["standardize"]
     weights = [c.linear.weight for c in classifiers.values()]
     assert all(not torch.allclose(a, b, rtol=1e-3) for k, a in enumerate(weights) for b in weights[:k])
@@ -159,7 +161,7 @@ def test_fractions_augmentation_recipes_and_normalised_features_are_probed(train
 
 def test_probes_of_other_settings_leave_files_of_their_own(trained, tmp_path, capsys):
     (tmp_path / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
-    few = probe(tmp_path, "--limit", "600", "--epochs", "2", "--fraction", "0.1")
+    few = probe(tmp_path, "--limit", "600", "--epochs", "2", "--subset", "0.1")
     assert few["train_images"] == pytest.approx(60, abs=5) and (tmp_path / "probe-0.1-first600.json").exists()
     recipe = probe(tmp_path, "--limit", "600", "--epochs", "2", "--recipe", "cifar10-supcon", "--lr", "3")
     assert (recipe["lr"], recipe["weight_decay"], recipe["fit"]["schedule"], recipe["fit"]["standardize"]) == (3, 0, "step", False)
@@ -174,21 +176,21 @@ def test_probes_of_other_settings_leave_files_of_their_own(trained, tmp_path, ca
 
 
 def test_augmented_views_change_with_the_epoch_and_not_with_the_run(trained):
-    frozen = linear_probe.load_encoder(trained / "ckpt.pt", torch.device("cpu"))
-    data = images.load_data("shapes", None, False, size=16, limit=30)
-    a, b, c = (linear_probe.extract(frozen, data, key=key) for key in ((0, 6, 0), (0, 6, 0), (0, 6, 1)))
-    assert torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a, linear_probe.extract(frozen, data))
-    frozen.config["normalize_encoder"] = True
-    torch.testing.assert_close(linear_probe.extract(frozen, data, key=(0, 6, 0)), torch.nn.functional.normalize(a))
+    frozen = common.frozen.load_encoder(trained / "ckpt.pt", torch.device("cpu"))
+    data = common.data.load_data("shapes", None, False, size=16, limit=30)
+    a, b, c = (common.frozen.extract(frozen, data, key=key) for key in ((0, 6, 0), (0, 6, 0), (0, 6, 1)))
+    assert torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a, common.frozen.extract(frozen, data))
+    frozen.unit = True
+    torch.testing.assert_close(common.frozen.extract(frozen, data, key=(0, 6, 0)), torch.nn.functional.normalize(a))
 
 
 def test_augmented_views_are_cropped_as_in_training(trained):
-    frozen = linear_probe.load_encoder(trained / "ckpt.pt", torch.device("cpu"))
-    data = images.load_data("shapes", None, False, size=16, limit=200)
-    still, moved = linear_probe.extract(frozen, data), []
+    frozen = common.frozen.load_encoder(trained / "ckpt.pt", torch.device("cpu"))
+    data = common.data.load_data("shapes", None, False, size=16, limit=200)
+    still, moved = common.frozen.extract(frozen, data), []
     for crop_min in (1.0, 0.5, 0.05):
         frozen.config["crop_min"] = crop_min
-        moved.append((linear_probe.extract(frozen, data, key=(0, 6, 0)) - still).norm())
+        moved.append((common.frozen.extract(frozen, data, key=(0, 6, 0)) - still).norm())
     assert moved[0] < moved[1] < moved[2]
 
 
@@ -197,9 +199,9 @@ def test_a_streamed_folder_is_probed_as_one_in_memory(size, tmp_path):
     folder_of(tmp_path, ["train", "test"], ["a", "b"], size=(100, 80))
     options = [*FOLDER, "--size", str(size), "--data", str(tmp_path), "--precision", "float32", "--augment", "crop"]
     train(*options, "--stream", "--run-dir", tmp_path / "run")
-    frozen = linear_probe.load_encoder(tmp_path / "run" / "ckpt.pt", torch.device("cpu"))
-    memory, stream = (images.load_data("folder", tmp_path, True, size=size, stream=stream) for stream in (False, True))
-    torch.testing.assert_close(linear_probe.extract(frozen, memory), linear_probe.extract(frozen, stream))
+    frozen = common.frozen.load_encoder(tmp_path / "run" / "ckpt.pt", torch.device("cpu"))
+    memory, stream = (common.data.load_data("folder", tmp_path, True, size=size, stream=stream) for stream in (False, True))
+    torch.testing.assert_close(common.frozen.extract(frozen, memory), common.frozen.extract(frozen, stream))
     assert probe(tmp_path / "run", "--epochs", "2")["test_images"] == 8
 
 
@@ -208,7 +210,7 @@ def test_views_of_a_streamed_folder_differ_from_image_to_image(tmp_path):
     file = next(tmp_path.rglob("0.png"))
     for k in range(1, 6):  # six times the same picture
         (file.parent / f"{k}.png").write_bytes(file.read_bytes())
-    data = images.load_data("folder", tmp_path, True, size=16, stream=True)
-    frozen = linear_probe.Frozen(torch.nn.Flatten(), torch.zeros(3), torch.ones(3), {"size": 16, "precision": "float32"}, torch.device("cpu"))
-    assert len(linear_probe.extract(frozen, data).unique(dim=0)) == 1
-    assert len(linear_probe.extract(frozen, data, key=(0, 6, 0)).unique(dim=0)) == 6
+    data = common.data.load_data("folder", tmp_path, True, size=16, stream=True)
+    frozen = common.frozen.Frozen(torch.nn.Flatten(), torch.zeros(3), torch.ones(3), {"size": 16, "precision": "float32"}, torch.device("cpu"))
+    assert len(common.frozen.extract(frozen, data).unique(dim=0)) == 1
+    assert len(common.frozen.extract(frozen, data, key=(0, 6, 0)).unique(dim=0)) == 6

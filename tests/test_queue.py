@@ -2,6 +2,8 @@
 import pytest
 import torch
 
+import common.models
+import common.objectives
 import pretrain
 import reference_numpy as ref
 from runs import SMALL, log_of, same_bits, state_of, train
@@ -10,7 +12,7 @@ pytestmark = pytest.mark.seeds_torch
 
 
 def test_a_queue_of_the_previous_batch_gives_the_oracles_loss_on_both(tmp_path, monkeypatch):
-    seen, total_loss = [], pretrain.total_loss
+    seen, total_loss = [], common.objectives.total_loss
 
     def noted(config, z, logits, y, images, queue):
         loss = total_loss(config, z, logits, y, images, queue)
@@ -30,8 +32,8 @@ def test_a_queue_of_the_previous_batch_gives_the_oracles_loss_on_both(tmp_path, 
 
 def test_the_momentum_encoder_is_a_running_mean_of_the_weights():
     torch.manual_seed(0)
-    model = pretrain.Model(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    queue = pretrain.Queue(model, 6, 0.9)
+    model = common.models.Model(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    queue = common.models.Queue(model, 6, 0.9)
     mean = model.encoder.weight.detach().clone()
     for _ in range(5):
         with torch.no_grad():

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import corruptions
-import images
-import linear_probe
-import reference_numpy as ref
+import common.corruptions
+import common.data
+import common.frozen
+import oracles
 import robustness
 from runs import FOLDER, files_in, folder_of, probe, refusal, train
 
@@ -21,18 +21,18 @@ seeds = st.integers(0, 2**32 - 1)
 @given(seeds, st.floats(0.01, 0.4))
 def test_corruption_errors_are_the_oracles(seed, clean):
     rng = np.random.default_rng(seed)
-    errors = {name: list(rng.uniform(0.2, 1, 5)) for name in corruptions.NAMES}
+    errors = {name: list(rng.uniform(0.2, 1, 5)) for name in common.corruptions.NAMES}
     alexnet = {name: [e] * 5 for name, e in robustness.ALEXNET.items()}
-    assert robustness.mean_corruption_error(errors) == pytest.approx(ref.mean_corruption_error(errors, alexnet))
-    relative = ref.relative_mean_corruption_error(errors, clean, alexnet, robustness.ALEXNET_CLEAN)
+    assert robustness.mean_corruption_error(errors) == pytest.approx(oracles.mean_corruption_error(errors, alexnet))
+    relative = oracles.relative_mean_corruption_error(errors, clean, alexnet, robustness.ALEXNET_CLEAN)
     assert robustness.relative_mean_corruption_error(errors, clean) == pytest.approx(relative)
 
 
 def test_alexnets_errors_are_the_published_ones():
     """github.com/google-research/augmix, imagenet.py; its clean error is that of torchvision's weights."""
     published = [0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572, 0.819324,
-                 0.564592, 0.853204, 0.646056, 0.717840, 0.606500]  # fmt: skip
-    assert [robustness.ALEXNET[name] for name in corruptions.NAMES] == published and robustness.ALEXNET_CLEAN == 0.43478
+                 0.564592, 0.853204, 0.646056, 0.717840, 0.606500]
+    assert [robustness.ALEXNET[name] for name in common.corruptions.NAMES] == published and robustness.ALEXNET_CLEAN == 0.43478
     errors = {name: [e] * 5 for name, e in robustness.ALEXNET.items()}
     assert robustness.mean_corruption_error(errors) == pytest.approx(100)
     assert robustness.relative_mean_corruption_error(errors, robustness.ALEXNET_CLEAN) == pytest.approx(100)
@@ -41,7 +41,7 @@ def test_alexnets_errors_are_the_published_ones():
 @pytest.mark.parametrize("accuracy, printed", [
     ([65.06, 54.96, 47.64, 35.93, 25.38], 68.6), ([72.89, 65.28, 60.55, 52.00, 43.11], 52.4),
     ([65.39, 55.55, 48.64, 37.27, 26.92], 67.2), ([73.29, 66.16, 61.80, 54.01, 45.71], 50.6),
-], ids=["CE R50", "CE R200", "SupCon R50", "SupCon R200"])  # fmt: skip
+], ids=["CE R50", "CE R200", "SupCon R50", "SupCon R200"])
 def test_table_6s_accuracies_give_the_printed_mce(accuracy, printed):
     """Its rows are means over the corruptions, so they give the ratio of means where mCE is the mean of ratios."""
     mean_error = np.mean([1 - a / 100 for a in accuracy])
@@ -49,8 +49,8 @@ def test_table_6s_accuracies_give_the_printed_mce(accuracy, printed):
 
 
 def test_mce_is_named_so_for_all_of_imagenet_c_alone():
-    errors = {name: [0.5] * 5 for name in corruptions.NAMES}
-    some = {name: errors[name] for name in corruptions.MADE}
+    errors = {name: [0.5] * 5 for name in common.corruptions.NAMES}
+    some = {name: errors[name] for name in common.corruptions.MADE}
     assert "mce" in robustness.summary("ImageNet-C", (0.2, 0.1), errors, errors)
     for kind, found in (("ImageNet-C", some), ("made", some), ("CIFAR-10-C", errors)):
         found = robustness.summary(kind, (0.2, 0.1), found, found)
@@ -116,12 +116,12 @@ def test_corruptions_made_here_are_reported_as_such(probed, capsys):
     result = robustness.main([str(probed), "--limit", "40", "--baseline", str(probed)], standalone_mode=False)
     out = capsys.readouterr().out
     assert result["corruptions"] == 10 and "mean error over 10 corruptions" in out and "mCE" not in out
-    assert result["ratio_to_baseline"] == 1 and set(result["errors"]) == set(corruptions.MADE)
+    assert result["ratio_to_baseline"] == 1 and set(result["errors"]) == set(common.corruptions.MADE)
     assert result["mean_error"] == pytest.approx(100 - np.mean(result["accuracy_by_severity"]))
     assert json.loads((probed.parent / "robustness-first400-first40.json").read_text())["errors"] == result["errors"]
 
 
-def cifar10_c(folder, test, names=corruptions.NAMES, n=60):
+def cifar10_c(folder, test, names=common.corruptions.NAMES, n=60):
     """Severity s is the clean images with their first 12 s images exchanged for black."""
     folder.mkdir()
     clean = test.images[:n].permute(0, 2, 3, 1).numpy()
@@ -133,10 +133,10 @@ def cifar10_c(folder, test, names=corruptions.NAMES, n=60):
 
 
 def test_cifar_10_c_files_are_read_severity_by_severity(probed, tmp_path, capsys):
-    test = images.load_data("shapes", None, False, size=16)
+    test = common.data.load_data("shapes", None, False, size=16)
     severities = cifar10_c(tmp_path / "c", test)
     result = robustness.main([str(probed), "--corrupted", str(tmp_path / "c")], standalone_mode=False)
-    classifier = linear_probe.load_classifier(probed)
+    classifier = common.frozen.load_classifier(probed)
     with torch.no_grad():
         predicted = classifier(torch.from_numpy(severities.astype(np.uint8)).permute(0, 3, 1, 2)).argmax(1)
     expected = (predicted != test.labels[:60].repeat(5)).double().view(5, 60).mean(1).tolist()
@@ -153,7 +153,7 @@ def folder_classifier(tmp_path_factory):
     return root / "run" / "classifier.pt"
 
 
-def imagenet_c(root, names=corruptions.NAMES, classes=("a", "b"), severities=range(1, 6)):
+def imagenet_c(root, names=common.corruptions.NAMES, classes=("a", "b"), severities=range(1, 6)):
     for k, name in enumerate(names):
         for s in severities:
             folder_of(root / ("noise" if k < 3 else ".") / name, [str(s)], classes, count=2)
@@ -163,22 +163,22 @@ def imagenet_c(root, names=corruptions.NAMES, classes=("a", "b"), severities=ran
 def test_imagenet_c_folders_give_mce_only_if_all_are_there(folder_classifier, tmp_path, capsys):
     result = robustness.main([str(folder_classifier), "--corrupted", str(imagenet_c(tmp_path / "all"))], standalone_mode=False)
     assert result["mce"] == pytest.approx(robustness.mean_corruption_error(result["errors"])) and "mCE" in capsys.readouterr().out
-    some = imagenet_c(tmp_path / "some", corruptions.NAMES[:4])
+    some = imagenet_c(tmp_path / "some", common.corruptions.NAMES[:4])
     result = robustness.main([str(folder_classifier), "--corrupted", str(some)], standalone_mode=False)
     out = capsys.readouterr().out
     assert "mce" not in result and "mean error over 4 corruptions" in out and "mCE" not in out
 
 
 def missing_severity(here, probed, folder):
-    return folder, ["--corrupted", imagenet_c(here / "c", corruptions.NAMES[:2], severities=(1, 2, 4, 5))], "has no severity 3"
+    return folder, ["--corrupted", imagenet_c(here / "c", common.corruptions.NAMES[:2], severities=(1, 2, 4, 5))], "has no severity 3"
 
 
 def other_classes(here, probed, folder):
-    return folder, ["--corrupted", imagenet_c(here / "c", corruptions.NAMES[:2], classes=("a", "b", "c"))], "holds 3 classes that are not, by name, the 2"
+    return folder, ["--corrupted", imagenet_c(here / "c", common.corruptions.NAMES[:2], classes=("a", "b", "c"))], "holds 3 classes that are not, by name, the 2"
 
 
 def an_empty_severity(here, probed, folder):
-    root = imagenet_c(here / "c", corruptions.NAMES[3:5])
+    root = imagenet_c(here / "c", common.corruptions.NAMES[3:5])
     for file in (root / "noise" / "defocus_blur" / "2").rglob("*.png"):
         file.unlink()
     return folder, ["--corrupted", root], "Found no valid file"
@@ -186,7 +186,7 @@ def an_empty_severity(here, probed, folder):
 
 def cifar10_c_with(here, **files):
     """A sound CIFAR-10-C but for these files."""
-    cifar10_c(here / "c", images.load_data("shapes", None, False, size=16))
+    cifar10_c(here / "c", common.data.load_data("shapes", None, False, size=16))
     for name, values in files.items():
         np.save(here / "c" / f"{name}.npy", values)
     return here / "c"
@@ -201,7 +201,7 @@ def fewer_classes(here, probed, folder):
 
 
 def too_few_labels(here, probed, folder):
-    labels = images.load_data("shapes", None, False, size=16).labels[:50].numpy()
+    labels = common.data.load_data("shapes", None, False, size=16).labels[:50].numpy()
     return probed, ["--corrupted", cifar10_c_with(here, labels=np.tile(labels, 5))], "labels.npy has 250 labels"
 
 
@@ -226,7 +226,7 @@ def images_that_are_floats(here, probed, folder):
 
 
 def half_a_classifier(here, probed, folder):
-    torch.save({"format": linear_probe.FORMAT, "weight": torch.zeros(3)}, here / "classifier.pt")
+    torch.save({"format": common.frozen.FORMAT, "weight": torch.zeros(3)}, here / "classifier.pt")
     return here / "classifier.pt", [], "is not a classifier of linear_probe.py"
 
 
@@ -263,7 +263,7 @@ def another_test_set(here, probed, folder):
 @pytest.mark.parametrize("situation", [
     missing_severity, other_classes, an_empty_severity, labels_out_of_range, fewer_classes, too_few_labels,
     more_labels_than_test_images, labels_of_another_test_set, labels_that_are_words, no_labels, images_that_are_floats, half_a_classifier, a_cut_file, nothing_there, a_checkpoint_of_pretrain, no_classifier, a_baseline_of_another_data_set, a_name_too_long, another_test_set,
-], ids=lambda situation: situation.__name__)  # fmt: skip
+], ids=lambda situation: situation.__name__)
 def test_what_cannot_be_tested_gives_one_line_and_status_2(situation, probed, folder_classifier, tmp_path, monkeypatch, capsys):
     path, options, words = situation(tmp_path, probed, folder_classifier)
     before = files_in(tmp_path)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import common.frozen
+import common.objectives
 import children
-import linear_probe
 import pretrain
-import recipes
 from runs import SMALL, folder_of, log_of, probe, state_of, train
 
 pytestmark = pytest.mark.seeds_torch
@@ -84,7 +84,7 @@ def test_of_the_two_passes_over_a_part_one_moves_the_running_statistics(tmp_path
     assert {int(v) for k, v in encoder.items() if k.endswith("num_batches_tracked")} == {4 * 5}
 
 
-@pytest.mark.parametrize("loss", list(recipes.LOSSES))
+@pytest.mark.parametrize("loss", list(common.objectives.OBJECTIVES))
 def test_every_loss_trains_and_its_checkpoint_is_probed(loss, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(*SMALL, "--epochs", "1", "--loss", loss)
@@ -98,15 +98,15 @@ def test_every_loss_trains_and_its_checkpoint_is_probed(loss, tmp_path, monkeypa
 
 def test_a_probe_leaves_the_checkpoint_and_the_encoder_as_they_were(trained):
     before = (trained / "ckpt.pt").read_bytes()
-    frozen = linear_probe.load_encoder(trained / "ckpt.pt", torch.device("cpu"))
-    bits = linear_probe.fingerprint(frozen.encoder)
+    frozen = common.frozen.load_encoder(trained / "ckpt.pt", torch.device("cpu"))
+    bits = common.frozen.fingerprint(frozen.encoder)
     result = probe(trained / "ckpt.pt", "--limit", "300", "--epochs", "3", "--baselines")
     assert (trained / "ckpt.pt").read_bytes() == before
-    assert linear_probe.fingerprint(linear_probe.load_encoder(trained / "ckpt.pt", torch.device("cpu")).encoder) == bits
+    assert common.frozen.fingerprint(common.frozen.load_encoder(trained / "ckpt.pt", torch.device("cpu")).encoder) == bits
     assert json.loads((trained / "probe-first300.json").read_text())["top1"] == result["top1"]
     assert {"raw_pixels_top1", "untrained_encoder_top1"} <= result.keys()
     frozen.encoder.train()(torch.rand(2, 3, 16, 16))
-    assert linear_probe.fingerprint(frozen.encoder) != bits  # batch-norm statistics count
+    assert common.frozen.fingerprint(frozen.encoder) != bits  # batch-norm statistics count
 
 
 def test_transfer_resizes_another_data_set_to_the_checkpoints_size(trained, tmp_path):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
+import common.cli
 import linear_probe  # noqa: E402
-import options  # noqa: E402
 import pretrain  # noqa: E402
 import robustness  # noqa: E402
 from runs import SMALL, folder_of  # noqa: E402
@@ -30,8 +30,7 @@ SHORT = {  # what a legal value may cost must stay small: seconds, megabytes
     "limit": st.sampled_from(["2", "20", "60", "40", "1", "0", "x"]),
     "views": st.sampled_from(["1", "2", "3", "0", "x"]),
     "batch": st.sampled_from(["2", "3", "8", "20", "4", "1", "99999999999999999999", "x"]),
-    "proj_hidden": WHOLE.filter(lambda w: len(w) < 9),
-    "proj_dim": WHOLE.filter(lambda w: len(w) < 9),
+    "projection": st.sampled_from(["8", "r-8", "16-8", "r-r-8", "0", "8-r", "-8", "x"]),
     "workers": st.sampled_from(["0", "1", "-1", "x"]),
     "arch": st.sampled_from(["small", "resnet18", "vgg"]),
     "dataset": st.sampled_from(["shapes", "folder", "fashionmnist", "svhn", "mnist"]),
@@ -70,7 +69,7 @@ def run(script, words, here):
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.chdir(here), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            options.run_command(script.main)
+            common.cli.run_command(script.main)
         except SystemExit as end:
             status = end.code
     assert status in (0, 2), (status, words)

@@ -14,7 +14,7 @@ import click
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 from children import start  # noqa: E402
-from run_folder import load_checkpoint  # noqa: E402
+from common.run_folder import load_checkpoint# noqa: E402
 from runs import SMALL, log_of, same_bits, state_of  # noqa: E402
 
 WAYS = {  # (ranks, options)

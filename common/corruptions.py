@@ -1,7 +1,8 @@
-"""Ten of the fifteen common corruptions (Hendrycks & Dietterich 2019), made of uint8 images (n, 3, H, H), whole batches at once.
+"""Ten of the fifteen common corruptions (Hendrycks & Dietterich 2019), of whole batches of uint8 images (n, 3, H, H).
 
-At the benchmark's own parameters: CIFAR-10-C's up to 64 pixels, ImageNet-C's above. The other five need what torch does not
-have: glass and motion blur (a loop over pixels, ImageMagick), snow, frost and fog (pictures of frost, plasma).
+Their parameters are the benchmark's: those of CIFAR-10-C up to 64 pixels, those of ImageNet-C above. The other five
+need what torch does not have: a loop over pixels and ImageMagick (glass and motion blur), or pictures of frost, and
+plasma (snow, frost and fog).
 """
 
 import io
@@ -13,10 +14,12 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from common.data import SMALL as PIXELS_OF_SMALL
+
 NAMES = (  # the fifteen of the benchmark
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost",
-    "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
+    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+)
 SMALL = {  # by severity 1 to 5, for images up to 64 pixels
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
     "shot_noise": (500, 250, 100, 75, 50),
@@ -44,15 +47,6 @@ LARGE = {
 MADE = tuple(name for name in NAMES if name in SMALL)
 
 
-def corrupt(images, name, severity, g):
-    """images (n, 3, H, H) uint8 under the corruption `name` at severity 1 to 5, drawn from the generator g."""
-    c = (SMALL if images.shape[-1] <= 64 else LARGE)[name][severity - 1]
-    if name in ("pixelate", "jpeg_compression"):
-        return globals()[name](images, c)
-    x = globals()[name](images.float() / 255, c, g)
-    return (x.clamp(0, 1) * 255).to(torch.uint8)  # cut off, not rounded, as the benchmark's files are
-
-
 def gaussian_noise(x, c, g):
     return x + c * torch.randn(x.shape, generator=g)
 
@@ -62,13 +56,13 @@ def shot_noise(x, c, g):
 
 
 def impulse_noise(x, c, g):
-    """Of every channel a share c of the pixels turns white or black."""
+    """Turns a share c of the pixels of each channel white or black."""
     hit, white = torch.rand(x.shape, generator=g) < c, torch.rand(x.shape, generator=g) < 0.5
     return torch.where(hit, white.float(), x)
 
 
 def defocus_blur(x, c, g):
-    """With a disk of radius c[0] that a small Gaussian of deviation c[1] has smoothed."""
+    """Blurs with a disk of radius c[0], which a small Gaussian of deviation c[1] has smoothed."""
     radius, sigma = c
     reach, smooth = (8, 1) if radius <= 8 else (radius, 2)
     offset = torch.arange(-reach, reach + 1.0)
@@ -90,14 +84,15 @@ def zoom_blur(x, c, g):
         part = math.ceil(H / zoom)
         top = (H - part) // 2
         size = round(part * zoom)
-        enlarged = F.interpolate(x[..., top : top + part, top : top + part], size=(size, size), mode="bilinear", align_corners=True)
+        enlarged = F.interpolate(x[..., top : top + part, top : top + part], size=(size, size), mode="bilinear",
+            align_corners=True)
         trim = (size - H) // 2
         total += enlarged[..., trim : trim + H, trim : trim + H]
     return total / (count + 1)
 
 
 def brightness(x, c, g):
-    """The value of HSV raised by c; hue and saturation stay."""
+    """Raises the value of HSV by c; hue and saturation stay."""
     value = x.amax(1, keepdim=True)
     raised = (value + c).clamp(max=1)
     return torch.where(value > 0, x * raised / value.clamp(min=1e-6), raised)
@@ -109,14 +104,15 @@ def contrast(x, c, g):
 
 
 def elastic_transform(x, c, g):
-    """A random affine map that moves three corners by up to c[2] H, then displacements of c[0] H, smoothed over c[1] H."""
+    """Moves three corners by up to c[2] H, and then all pixels by c[0] H at random, smoothed over c[1] H."""
     n, _, H, _ = x.shape
-    alpha, sigma, shift = (v * (H if H <= 64 else H * 244 / 224) for v in c)  # the benchmark says 244 at 224 pixels
+    unit = H if H <= PIXELS_OF_SMALL else H * 244 / 224  # the benchmark says 244 at 224 pixels
+    alpha, sigma, shift = (v * unit for v in c)
     middle, third = H // 2, H // 3
     corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * third + middle
     moved = corners + shift * (2 * torch.rand(n, 3, 2, generator=g) - 1)
     ones = torch.ones(n, 3, 1)
-    back = torch.linalg.solve(torch.cat([moved, ones], 2), corners.expand(n, 3, 2))  # (n, 3, 2): where an output pixel comes from
+    back = torch.linalg.solve(torch.cat([moved, ones], 2), corners.expand(n, 3, 2))  # (n, 3, 2): from output to input
     axis = torch.arange(H, dtype=torch.float32)
     pixel = torch.stack([axis.expand(H, H), axis[:, None].expand(H, H), torch.ones(H, H)], 2)  # x, y, 1
     x = sample(x, pixel.view(1, -1, 3) @ back, about_centres=True)
@@ -127,8 +123,10 @@ def elastic_transform(x, c, g):
 
 
 def sample(x, places, about_centres):
-    """x (n, 3, H, H) at `places` (n, H^2, 2), columns and rows in pixels, between pixels linearly; beyond the image mirrored
-    about the centres of its outermost pixels, or about their edges."""
+    """x (n, 3, H, H) at `places` (n, H^2, 2), columns and rows in pixels, interpolated linearly.
+
+    Beyond the image it is mirrored, about the centres of the outermost pixels or about their edges.
+    """
     H = x.shape[-1]
     grid = 2 * places / (H - 1) - 1 if about_centres else (2 * places + 1) / H - 1
     return F.grid_sample(x, grid.view(len(places), H, H, 2), padding_mode="reflection", align_corners=about_centres)
@@ -145,7 +143,7 @@ def gaussian_rows(size, sigma):
 
 
 def pixelate(images, c):
-    """Shrunk and enlarged again by Pillow's box filter."""
+    """Shrinks and enlarges by Pillow's box filter."""
     H, small = images.shape[-1], int(images.shape[-1] * c)
     box = {"interpolation": InterpolationMode.BOX}
 
@@ -157,7 +155,7 @@ def pixelate(images, c):
 
 
 def jpeg_compression(images, c):
-    """Through a JPEG file of quality c."""
+    """Sends the images through JPEG files of quality c."""
 
     def one(image):
         file = io.BytesIO()
@@ -165,3 +163,20 @@ def jpeg_compression(images, c):
         return TF.pil_to_tensor(Image.open(file))
 
     return torch.stack([one(image) for image in images])
+
+
+OF_FLOATS = {  # functions of images in [0, 1], parameters, and a generator
+    "gaussian_noise": gaussian_noise, "shot_noise": shot_noise, "impulse_noise": impulse_noise,
+    "defocus_blur": defocus_blur, "zoom_blur": zoom_blur, "brightness": brightness, "contrast": contrast,
+    "elastic_transform": elastic_transform,
+}
+OF_BYTES = {"pixelate": pixelate, "jpeg_compression": jpeg_compression}  # of uint8 images, and a parameter
+
+
+def corrupt(images, name, severity, g):
+    """images (n, 3, H, H) uint8 under the corruption `name` at severity 1 to 5, drawn from the generator g."""
+    parameters = (SMALL if images.shape[-1] <= PIXELS_OF_SMALL else LARGE)[name][severity - 1]
+    if name in OF_BYTES:
+        return OF_BYTES[name](images, parameters)
+    x = OF_FLOATS[name](images.float() / 255, parameters, g)
+    return (x.clamp(0, 1) * 255).to(torch.uint8)  # cut off, not rounded, as the benchmark's files are

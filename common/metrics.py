@@ -1,4 +1,4 @@
-"""What classifiers and representations are measured by: accuracy, confusions, calibration, neighbours. Percent, unless said otherwise."""
+"""Accuracy, confusions, calibration and nearest neighbours. Shares are in percent unless a docstring says otherwise."""
 
 import torch
 import torch.nn.functional as F

@@ -1,0 +1,92 @@
+"""How the scripts speak and how they end.
+
+What a user can put right ends in one line and exit status 2. Of several ranks, only the first one prints.
+"""
+
+import errno
+import os
+import sys
+
+import click
+import torch
+
+
+class Refused(click.ClickException):
+    """Something that the user can put right. The message names the option and the remedy."""
+
+    exit_code = 2
+
+    def __init__(self, message):
+        if message.startswith("Caught Refused in DataLoader"):  # torch puts the worker's traceback before it
+            message = message.rstrip().splitlines()[-1].split("Refused: ", 1)[-1]
+        super().__init__(message)
+
+
+def require(condition, message):
+    """Raises Refused with the message unless the condition holds."""
+    if not condition:
+        raise Refused(message)
+
+
+def is_first():
+    """Whether this process is rank 0, or no rank of a torchrun at all."""
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def say(words, err=False):
+    """Prints once, whatever the number of ranks. A pipe that nobody reads any more does not end the run."""
+    if not is_first():
+        return
+    try:
+        click.echo(words, err=err)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if err else sys.stdout).fileno())
+        os.close(nowhere)
+
+
+RENAMED = {  # options of earlier versions, and what took their place
+    "--fraction": "--subset",
+    "--figure": "python -m common.figures RUN...",
+    "--proj-depth": "--projection, for example --projection 2048-128",
+    "--proj-hidden": "--projection, for example --projection 2048-128",
+    "--proj-dim": "--projection, for example --projection 2048-128",
+}
+
+
+def run_command(command, lower="--micro-batch, --batch, --size or --limit"):
+    """Runs a click command and ends the process with status 0, or with one line and status 2.
+
+    lower: the options that lower the command's need of memory.
+    """
+    try:
+        command(standalone_mode=False)
+        return
+    except click.NoSuchOption as e:
+        new = RENAMED.get(e.option_name)
+        line = f"{e.option_name} has another name now: {new}" if new else e.format_message()
+    except click.ClickException as e:
+        line = e.format_message()
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        line = f"not enough memory ({str(e).splitlines()[0] if str(e) else 'MemoryError'}): lower {lower}"
+    except OSError as e:
+        if e.errno != errno.ENAMETOOLONG:
+            raise
+        line = f"{str(e.filename)[:80]} ... is too long a name: name another"
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    click.echo(f"error: {' '.join(line.split())}", err=True)
+    sys.exit(2)
+
+
+OUT_OF_MEMORY = (  # torch raises a plain RuntimeError on a CPU
+    "can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed",
+    "invalid for storage size",
+)
+
+
+def is_out_of_memory(e):
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(words in str(e) for words in OUT_OF_MEMORY)

@@ -1,0 +1,377 @@
+"""Every option of pretrain.py, declared once: its default, what it may be, and its help.
+
+`read` makes a Config of what the command line gives,
+    a preset and a checkpoint. `complete` fills in the defaults that depend
+on other options and refuses what contradicts itself; `fit_to_data` does the same once the data are there.
+"""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import click
+import torch
+from click.core import ParameterSource
+
+from common.cli import require, say
+from common.data import DATASETS, SMALL
+from common.models import ARCHS
+from common.objectives import OBJECTIVES
+from common.presets import PRESETS, describe
+from common.run_folder import newest_checkpoint
+from common.views import AUGMENTATIONS
+
+# ---------------------------------------------------------------- kinds of values
+
+
+class Finite(click.FloatRange):
+    """A number that float32 holds with room to spare: optimisers multiply it by others."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        return number if abs(number) <= 1e30 else self.fail(f"{value} is not a finite number up to 1e30.", param, ctx)
+
+
+class Widths(click.ParamType):
+    """Widths of up to four layers, as in 2048-128; "r" stands for the width of the encoder's output r."""
+
+    name = "widths"
+
+    def convert(self, value, param, ctx):
+        good = re.fullmatch(r"((r|[1-9]\d{0,6})-){0,3}[1-9]\d{0,6}", value)
+        return value if good else self.fail(f"{value!r} is not of the form 128, r-128 or 2048-128.", param, ctx)
+
+
+def widths_of(projection, r):
+    """The widths of the projection head's layers, the width of r first."""
+    return [r] + [r if width == "r" else int(width) for width in projection.split("-")]
+
+
+LARGEST = 2**31 - 1
+COUNT = click.IntRange(1, LARGEST)
+POSITIVE, NOT_NEGATIVE = Finite(min=0, min_open=True), Finite(min=0)
+SHARE, BELOW_1 = Finite(0, 1, min_open=True), Finite(0, 1, max_open=True)
+
+
+def option(default, kind, help, shown=True, flag=None):
+    """A field of Config that is an option as well.
+
+    kind: a click type, or bool for a pair --x/--no-x. shown: the default in words, where it depends on other options.
+    flag: the option's name, where it is not the field's.
+    """
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": help, "shown": shown, "flag": flag})
+
+
+def one_of(names):
+    return click.Choice(list(names))
+
+
+@dataclasses.dataclass
+class Config:
+    """The options of a run. None stands for a default that depends on others, until `complete` has filled it in."""
+
+    # Data
+    recipe: str = option(None, one_of([*PRESETS, "list"]),
+                        "A published setting, number by number; other options override it. list prints them all.")
+    dataset: str = option("shapes", one_of(DATASETS), "shapes is generated; folder reads DATA/train/CLASS/*.jpg.")
+    data: str = option("data", str, "Folder of the data sets.")
+    download: bool = option(True, bool, "Fetch what is missing.")
+    size: int = option(None, click.IntRange(8, 8192), "Side of an image in pixels.",
+                        "the data set's own; 32 for folder and shapes")
+    limit: int = option(None, COUNT, "Train on the first N images. (A folder is shuffled first, by a fixed seed.)",
+                        "all")
+    subset: float = option(1.0, SHARE, "Train on this part of every class.")
+    label_noise: float = option(0.0, Finite(0, 1),
+                        "Part of the labels that are exchanged for another one (symmetric noise).")
+    balanced: bool = option(False, bool, "Batches with equally many images of every class; small classes recur.")
+    stream: bool = option(False, bool,
+                        "Read a folder's files anew for every view: for folders that are larger than memory.")
+    workers: int = option(2, click.IntRange(0, 1024),
+                        "Processes that read a streamed folder, and that make the views of auto, rand and "
+                        "stacked-rand.")
+
+    # Views
+    views: int = option(None, COUNT, "Views of each image.", "2; 1 for ce and n-pair")
+    augment: str = option("sim", one_of(AUGMENTATIONS),
+                        "sim: crop, flip, colours, blur; crop: crop and flip; auto, rand: AutoAugment, RandAugment; "
+                        "stacked-rand: RandAugment and the colours of sim.")
+    crop_min: float = option(0.2, SHARE, "Least part of the area that a crop keeps.")
+    jitter: float = option(0.5, Finite(0, 2), "Strength of the colours of sim: 0.8, 0.8, 0.8, 0.2 times this.")
+    mix: str = option(None, one_of(["mixup", "cutmix"]), "Mix neighbours in the batch; SupCon then takes soft labels.",
+                        "none")
+    mix_alpha: float = option(1.0, POSITIVE, "Parameter of the Beta distribution of the mixing weights.")
+
+    # Loss
+    loss: str = option("supcon", one_of(OBJECTIVES), "The training objective.")
+    tau: float = option(None, POSITIVE, "Temperature.", "0.1; 0.5 for simclr")
+    loss_scale: float = option(None, POSITIVE, "Factor of the contrastive loss.",
+                        "tau/0.07 for supcon, supcon-in and simclr, as in the reference code; else 1")
+    margin: float = option(None, NOT_NEGATIVE, "Margin of triplet and max-margin.", "0.2 for triplet, 1 for max-margin")
+    mining: str = option("semihard", one_of(["semihard", "hard", "all"]), "Which triplets count.")
+    npair_l2: float = option(0.02, NOT_NEGATIVE, "Weight of the mean squared norm in n-pair.")
+    ce_weight: float = option(0.0, BELOW_1, "w of (1 - w) contrastive + w cross-entropy, trained jointly.")
+    ce_detach: bool = option(False, bool, "Keep the classifier's gradient from the encoder.")
+    label_smoothing: float = option(0.0, BELOW_1, "Label smoothing of cross-entropy.")
+    queue: int = option(0, click.IntRange(0, LARGEST),
+                        "Contrasts kept from earlier batches, for supcon, supcon-in and simclr.")
+    momentum_encoder: float = option(0.999, Finite(0, 1), "Momentum of the encoder that fills the queue.")
+
+    # Encoder
+    arch: str = option(None, one_of(ARCHS), "Encoder; small has 0.34 M weights.", "small for shapes, else resnet50")
+    stem: str = option(None, one_of(["3x3", "7x7"]), "First layers of a ResNet.", "3x3 up to 64 pixels, else 7x7")
+    normalize_encoder: bool = option(False, bool,
+                        "Bring r to norm 1 before the heads, as in the paper's text and its ImageNet code.")
+    projection: str = option("r-128", Widths(), "Widths of the projection head's layers; r is the encoder's width.")
+
+    # Optimiser
+    batch: int = option(None, click.IntRange(2, LARGEST), "Images in a step, over all ranks.",
+                        "64 for shapes, else 1024")
+    micro_batch: int = option(None, COUNT,
+                        "Images that a rank encodes at a time; the gradients are those of the whole batch.",
+                        "all of a rank's")
+    epochs: int = option(None, COUNT, "Passes over the data.", "12 for shapes, else 1000")
+    lr: float = option(None, POSITIVE, "Peak learning rate, absolute.", "0.5 per 1024 images; ce 0.8, n-pair 0.1")
+    lr_per_256: float = option(None, POSITIVE, "Peak learning rate per 256 images of the batch, instead of --lr.",
+                        "unset")
+    optimizer: str = option("sgd", one_of(["sgd", "lars", "rmsprop"]),
+                        "LARS leaves vectors without decay and adaptation.")
+    schedule: str = option("cosine", one_of(["cosine", "step", "exponential", "constant"]),
+                        "cosine: to lr/1000; step: x0.1 at 70, 80 and 90 %; exponential: x0.97 every half epoch.")
+    warmup: float = option(None, NOT_NEGATIVE, "Epochs of linear warm-up.", "10, at most a tenth of --epochs")
+    warmup_from: float = option(None, NOT_NEGATIVE, "Learning rate at step 0.", "0.01, at most --lr")
+    weight_decay: float = option(1e-4, NOT_NEGATIVE, "Decay of all weights (with LARS, not of vectors).")
+    momentum: float = option(0.9, BELOW_1, "Momentum of the optimiser.")
+    nesterov: bool = option(False, bool, "Nesterov's momentum.")
+
+    # Run
+    seed: int = option(0, click.IntRange(0, 2**63 - 1), "Seed of weights, order and views.")
+    run: str = option(None, str, "Folder for log and checkpoints.", "runs/DATASET-ARCH-LOSS-sSEED", flag="--run-dir")
+    device: str = option(None, str, "torch device.", "cuda if there is one, else cpu")
+    precision: str = option("auto", one_of(["auto", "bfloat16", "float32", "float64"]),
+                        "auto: bfloat16 autocast where the hardware has it; float32: without TF32.")
+    sync_bn: bool = option(False, bool, "Batch norm over all ranks (on GPUs).")
+    compile: bool = option(False, bool, "torch.compile the encoder.")
+    save_minutes: float = option(10.0, NOT_NEGATIVE, "Save a checkpoint at least this often, and after every epoch.")
+    log_every: int = option(10, COUNT, "Steps between two entries of the log.")
+
+    # Known once the data are there
+    num_classes: int = None
+    noisy_labels: int = None  # how many labels --label-noise has exchanged
+
+
+GROUPS = {"Data": "recipe", "Views": "views", "Loss": "loss", "Encoder": "arch", "Optimiser": "batch",
+        "Run": "seed"}  # first options
+OPTIONS = [field for field in dataclasses.fields(Config) if field.metadata]
+
+
+class GroupedCommand(click.Command):
+    """A click command whose help shows the options in the groups of Config."""
+
+    def format_options(self, context, formatter):
+        starts = {field: group for group, field in GROUPS.items()}
+        sections = {}
+        group = "Other"
+        for parameter in self.params:
+            group = starts.get(parameter.name, group)
+            record = parameter.get_help_record(context)
+            if record:
+                sections.setdefault("Run" if parameter.name in ("resume", "help") else group, []).append(record)
+        for group, records in sections.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
+
+
+def config_options(command):
+    """Gives a click command the options of Config."""
+    for field in reversed(OPTIONS):
+        command = click_option(field)(command)
+    return command
+
+
+def click_option(field):
+    name = field.metadata["flag"] or "--" + field.name.replace("_", "-")
+    shared = {"default": field.default, "show_default": field.metadata["shown"], "help": field.metadata["help"]}
+    if field.metadata["kind"] is bool:
+        return click.option(f"{name}/--no-{name[2:]}", field.name, **shared)
+    return click.option(name, field.name, type=field.metadata["kind"], **shared)
+
+
+# ---------------------------------------------------------------- given, from a preset, from a checkpoint
+
+
+def read(context, resume, options):
+    """(Config, contents of the checkpoint that the run goes on from, or None), of a command line."""
+    given = {k for k in options if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
+    if resume is not None:
+        return read_resumed(context, Path(resume), options, given)
+    if options["recipe"]:
+        options = options | of_preset(options, given)
+        say("\n".join(describe(options["recipe"])))
+    refuse_two_rates(given)
+    config = Config(**options)
+    fill_in_defaults(config)
+    for names, has_meaning, where in MEANT_FOR:
+        idle = given & set(names)
+        require(not idle or has_meaning(config),
+            f"{flags(context, idle)} has a meaning for {where} alone: leave it out")
+    return config, None
+
+
+MEANT_FOR = [  # (options, whether they have a meaning in a config, where they have one)
+    (["margin"], lambda c: OBJECTIVES[c.loss].margin is not None, "--loss triplet and max-margin"),
+    (["mining"], lambda c: c.loss == "triplet", "--loss triplet"),
+    (["npair_l2"], lambda c: OBJECTIVES[c.loss].pairs, "--loss n-pair"),
+    (["loss_scale", "projection"], lambda c: OBJECTIVES[c.loss].contrast, "a contrastive --loss"),
+    (["momentum_encoder"], lambda c: c.queue, "--queue"),
+    (["mix_alpha"], lambda c: c.mix, "--mix"),
+    (["jitter"], lambda c: c.augment in ("sim", "stacked-rand"), "--augment sim and stacked-rand"),
+    (["crop_min"], lambda c: c.augment != "none", "views that are cropped"),
+    (["label_noise"], lambda c: OBJECTIVES[c.loss].labels or c.ce_weight, "losses that read labels"),
+    (["sync_bn"], lambda c: not c.sync_bn or several_gpus(), "several GPUs"),
+    (["stem"], lambda c: c.arch != "small", "the ResNets"),
+]
+
+
+def several_gpus():
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
+
+
+BOUND = {  # what of a preset goes with an option that the user overrides
+    "loss": {"tau", "loss_scale", "projection", "queue", "momentum_encoder", "label_smoothing"},
+    "dataset": {"stream"},
+    "arch": {"stem"},
+    "lr": {"lr_per_256"},
+    "lr_per_256": {"lr"},
+    "epochs": {"warmup"},
+    "optimizer": {"nesterov"},
+    "momentum": {"nesterov"},
+}
+
+
+def of_preset(options, given):
+    """What the preset options["recipe"] sets, without what is given and what is bound to a changed option."""
+    preset = PRESETS[options["recipe"]].pretrain
+    changed = {name for name in given if options[name] != preset.get(name)}
+    dropped = given | set().union(*(BOUND[name] for name in changed if name in BOUND))
+    return {name: value for name, value in preset.items() if name not in dropped}
+
+
+def flags(context, names):
+    return ", ".join(sorted(next(p.opts[0] for p in context.command.params if p.name == name) for name in names))
+
+
+def refuse_two_rates(given):
+    require(not {"lr", "lr_per_256"} <= given, "--lr and --lr-per-256 both set the learning rate: leave one out")
+
+
+MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "save_minutes", "micro_batch", "compile",
+        "workers"}  # on --resume
+
+
+def read_resumed(context, run, options, given):
+    """As read, for the run in the folder `run`: its own options, but for those that may change."""
+    require(str(run).strip("."), "--resume takes the folder of a run: name one")
+    contents, warning = newest_checkpoint(run)
+    if warning:
+        say(warning, err=True)
+    config = of_checkpoint(contents)
+    changed = {k for k in given - MAY_CHANGE if options[k] != getattr(config, k)}
+    require(not changed, f"--resume keeps the run's recipe: leave out {flags(context, changed)}, or start a new run")
+    changes = {k: options[k] for k in given & MAY_CHANGE} | {"run": str(run)}
+    return dataclasses.replace(config, **changes), contents
+
+
+def of_checkpoint(contents):
+    """The Config of a checkpoint's run. Runs of earlier versions lack the newer options and name some otherwise."""
+    old = dict(contents["config"])
+    if "proj_dim" in old:  # up to version 0.3: depth, hidden width and last width of the projection head
+        hidden = [str(old["proj_hidden"] or "r")] * (old["proj_depth"] - 1)
+        old["projection"] = "-".join([*hidden, str(old["proj_dim"])])
+    known = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{name: value for name, value in old.items() if name in known})
+
+
+# ---------------------------------------------------------------- completed and checked
+
+
+def fill_in(config, **defaults):
+    for name, value in defaults.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+
+
+def fill_in_defaults(config):
+    """Fills in every default that depends on other options alone."""
+    objective, light = OBJECTIVES[config.loss], config.dataset == "shapes"
+    fill_in(config, arch="small" if light else "resnet50", batch=64 if light else 1024, epochs=12 if light else 1000)
+    fill_in(config, tau=objective.tau, margin=objective.margin, views=objective.views, warmup=min(10.0,
+        config.epochs / 10))
+    if config.lr_per_256:
+        fill_in(config, lr=config.lr_per_256 * config.batch / 256)
+    fill_in(config, lr=objective.lr * config.batch / 1024,
+        run=f"runs/{config.dataset}-{config.arch}-{config.loss}-s{config.seed}")
+    fill_in(config, warmup_from=min(0.01, config.lr), loss_scale=config.tau / 0.07 if objective.scaled else 1.0)
+
+
+def complete(config, world):
+    """Fills in the defaults, and refuses what cannot work on `world` ranks, whatever the data."""
+    fill_in_defaults(config)
+    loss, objective = config.loss, OBJECTIVES[config.loss]
+    require(config.warmup < config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}")
+    require(not config.stream or config.dataset == "folder", "--stream reads --dataset folder: leave it out")
+    require(objective.tau or not config.tau, f"--tau has no meaning for --loss {loss}: leave it out")
+    require(not config.nesterov or config.momentum, "--nesterov needs a --momentum above 0")
+    require(not config.nesterov or config.optimizer == "sgd", "--nesterov is SGD's: leave it out, or --optimizer")
+
+    require(config.views >= objective.views_min, f"--loss {loss} needs a second view of each image: --views 2")
+    require(not objective.pairs or config.views == 1, f"--loss {loss} takes one view of each of two images: --views 1")
+    require(not objective.pairs or config.batch % 2 == 0,
+        f"--loss {loss} takes pairs of images: choose an even --batch")
+    require(not objective.pairs or not config.balanced,
+        f"--loss {loss} balances its pairs itself: leave --balanced out")
+
+    has_classifier = objective.contrast is None or config.ce_weight
+    require(objective.contrast or not config.ce_weight,
+            "--ce-weight joins cross-entropy to another --loss than ce: leave it out")
+    require(config.ce_weight or not config.ce_detach, "--ce-detach needs a classifier: give --ce-weight as well")
+    require(has_classifier or not config.label_smoothing,
+        "--label-smoothing is cross-entropy's: --loss ce, or --ce-weight")
+    require(objective.queue or not config.queue, f"--queue has no meaning for --loss {loss}: leave it out")
+    require(objective.soft or not config.mix,
+        f"--mix has no meaning for --loss {loss}, whose labels are not shared: leave it out")
+    require(not config.mix or not config.queue, "--mix gives soft labels and --queue keeps hard ones: leave one out")
+
+    share = config.batch // world  # of a rank
+    at_a_time = config.micro_batch or share
+    require(config.batch % world == 0,
+        f"--batch {config.batch} is not a multiple of the {world} ranks: choose one that is")
+    require(share % at_a_time == 0,
+            f"--micro-batch {at_a_time} does not divide the {share} images of a rank: choose one that does")
+    require(at_a_time * config.views > 1,
+        "batch norm needs two rows at a time: raise --batch, --micro-batch or --views")
+    require(not config.mix or at_a_time > 1, "--mix needs two images at a time: raise --batch or --micro-batch")
+
+
+def fit_to_data(config, data):
+    """Fills in what depends on the data, and refuses data that the options do not fit."""
+    n, size, classes = len(data.labels), data.images.shape[-1], len(data.classes)
+    fill_in(config, size=size, stem="3x3" if size <= SMALL else "7x7", num_classes=classes)
+    objective = OBJECTIVES[config.loss]
+    reads_labels = objective.labels or config.ce_weight
+    require(n >= config.batch, f"--batch {config.batch} is larger than the {n} training images: lower --batch")
+    require(classes > 1 or not reads_labels,
+            f"--data {config.data} has one class alone: --loss {config.loss} needs two, --loss simclr none")
+    alone = torch.bincount(data.labels, minlength=classes).min() < 2
+    require(not objective.pairs or not alone,
+            f"--loss {config.loss} needs two images of every class: raise --limit or mend the data")
+
+
+def require_same_data(config, data, contents):
+    """Refuses other data than the run began with: a step is a place in the epochs of those."""
+    remedy = "name the run's own data"
+    require(list(data.classes) == contents["classes"],
+        f"--data {config.data} holds other classes than the run began with: {remedy}")
+    images = contents.get("images", len(data.labels))
+    require(len(data.labels) == images,
+            f"--data {config.data} holds {len(data.labels)} images, the run began with {images}: {remedy}")

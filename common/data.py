@@ -1,0 +1,227 @@
+"""Data sets: from the disk to uint8 tensors in memory."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torchvision.transforms.v2 import functional as TF
+
+from common.cli import Refused
+
+
+class Missing(Refused):
+    """A data set that is not there."""
+
+
+class Data(NamedTuple):
+    images: torch.Tensor  # (n, 3, H, H) uint8; of a streamed folder the first SAMPLE images alone
+    labels: torch.Tensor  # (n,) int64
+    classes: list  # names
+    files: list | None = None  # the path of every image of a streamed folder
+
+
+SMALL = 64  # pixels; larger images are blurred, resized and augmented as ImageNet's are
+SAMPLE = 10_000  # images that mean and standard deviation are measured on
+DATASETS = ("cifar10", "cifar100", "svhn", "fashionmnist", "folder", "shapes")
+MEAN_STD = {  # the reference code's; every other data set is measured
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+FILES = {  # what torchvision looks for, or unpacks, in the folder of the data sets
+    "cifar10": "cifar-10-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html)",
+    "cifar100": "cifar-100-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html)",
+    "svhn": "train_32x32.mat and test_32x32.mat (ufldl.stanford.edu/housenumbers)",
+    "fashionmnist": "FashionMNIST/raw/ with the four *-ubyte files, unzipped "
+        "(github.com/zalandoresearch/fashion-mnist)",
+}
+
+
+def load_data(dataset, root, train, *, size=None, download=True, limit=None, stream=False):
+    """The first `limit` images of the training or test set as Data, resized to `size` where it is given.
+
+    stream: hold the names of a folder's files and the pixels of a sample alone, for a folder that is larger than memory.
+    Raises Missing where the set is not there, and Refused where it cannot be read.
+    """
+    if dataset == "shapes":
+        return shapes(min(10_000 if train else 2_000, limit or 10_000), size or 32, seed=int(train))
+    if dataset == "folder":
+        return load_folder(root, train, size or 32, limit, stream)
+    sets = torchvision.datasets
+    try:
+        if dataset == "svhn":
+            d = sets.SVHN(root, split="train" if train else "test", download=download)
+            images, labels, classes = torch.from_numpy(d.data), d.labels, [str(c) for c in range(10)]
+        elif dataset == "fashionmnist":
+            d = sets.FashionMNIST(root, train=train, download=download)
+            images, labels, classes = d.data[:, None].expand(-1, 3, -1, -1), d.targets, d.classes
+        else:
+            d = (sets.CIFAR10 if dataset == "cifar10" else sets.CIFAR100)(root, train=train, download=download)
+            images, labels, classes = torch.from_numpy(d.data).permute(0, 3, 1, 2), d.targets, d.classes
+    except ModuleNotFoundError as e:
+        raise Refused(f"--dataset {dataset} needs the package {e.name}: pip install {e.name}") from e
+    except Exception as e:  # a download, a wrong checksum, a damaged file: torchvision's readers have no common error
+        way = f"put {FILES[dataset]} there by hand" + ("" if download else ", or let --download fetch it")
+        reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
+        raise Missing(f"--dataset {dataset} is not in --data {root} ({reason}): {way}") from e
+    images, labels = images[:limit].contiguous(), torch.as_tensor(np.asarray(labels)[:limit], dtype=torch.long)
+    return Data(resize_square(images, size) if size else images, labels, list(classes))
+
+
+def require_same_classes(train, test, root):
+    """A label is a place in the list of classes: it means the same in two sets only if their lists are the same."""
+    if train.classes != test.classes:
+        raise Refused(f"--data {root}: the training and the test set differ in their classes: give them the same "
+            f"folders")
+
+
+def load_folder(root, train, size, limit=None, stream=False):
+    """The images of torchvision's ImageFolder in root/train, or in root/test or root/val, shuffled by a fixed seed."""
+    names = ["train"] if train else ["test", "val"]
+    try:
+        found = [Path(root, name) for name in names if Path(root, name).is_dir()]
+    except OSError as e:  # a name too long, a folder that may not be read
+        raise Refused(f"--data {str(root)[:80]} cannot be read ({e.strerror}): name another folder") from e
+    if not found:
+        raise Missing(f"--data {root} has no folder {' or '.join(names)}: --dataset folder wants DIR/train/CLASS/*.jpg")
+    try:
+        folder = torchvision.datasets.ImageFolder(found[0])
+    except FileNotFoundError as e:
+        raise Refused(f"--data {found[0]}: {str(e).splitlines()[0]}") from e
+
+    def load(sample):
+        return resize_and_crop(read_image(sample[0]), size)
+
+    samples = [folder.samples[i] for i in torch.randperm(len(folder.samples), generator=generator(0)).tolist()][:limit]
+    n = min(SAMPLE, len(samples)) if stream else len(samples)
+    try:
+        images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    except RuntimeError as e:
+        raise Refused(f"{n} images at --size {size} do not fit into memory: "
+                      "lower --size or --limit, or try --stream") from e
+    with ThreadPoolExecutor() as pool:
+        for row, image in enumerate(pool.map(load, samples[:n])):
+            images[row] = image
+    files, labels = zip(*samples)
+    return Data(images, torch.tensor(labels), folder.classes, list(files) if stream else None)
+
+
+def read_image(path):
+    """(3, H, W) uint8, RGB whatever the file holds."""
+    try:
+        return TF.pil_to_tensor(torchvision.datasets.folder.default_loader(path))
+    except Exception as e:  # Pillow's errors have no common class
+        raise Refused(f"{path} is not a readable image: mend or remove it") from e
+
+
+def take(data, rows):
+    """The images at `rows`, which must be in ascending order, so that a streamed folder's sample stays in front."""
+    files = None if data.files is None else [data.files[row] for row in rows.tolist()]
+    return data._replace(images=data.images[rows[rows < len(data.images)]], labels=data.labels[rows], files=files)
+
+
+def stratified(labels, fraction, g):
+    """The rows of a `fraction` of every class, at least one of each, in ascending order."""
+    members = (m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels))
+    return torch.cat([m[: max(1, round(fraction * len(m)))] for m in members]).sort().values
+
+
+def with_label_noise(labels, share, num_classes, g):
+    """Labels of which each has been exchanged with probability `share`, for any other with equal chance."""
+    other = (labels + torch.randint(1, max(num_classes, 2), labels.shape, generator=g)) % num_classes
+    return torch.where(torch.rand(labels.shape, generator=g) < share, other, labels)
+
+
+def images_of_classes(labels):
+    return [torch.nonzero(labels == c).squeeze(1) for c in labels.unique()]
+
+
+def mean_and_std(dataset, images):
+    """The mean and the standard deviation of each channel, for images in [0, 1]."""
+    if dataset in MEAN_STD:
+        return [torch.tensor(v) for v in MEAN_STD[dataset]]
+    value = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(images[:SAMPLE, c].flatten(), minlength=256) for c in range(3)])
+    share = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
+    mean = share @ value
+    std = (share * (value - mean[:, None]).square()).sum(1).sqrt()
+    return mean.float(), std.clamp(min=1e-3).float()
+
+
+def resize_and_crop(image, size):
+    """The middle of an image, `size` pixels square; an image of that size stays as it is.
+
+    The shorter side is resized to 8/7 of `size` first (256 for 224, as for ImageNet), or, up to 64 pixels, to `size`.
+    """
+    if image.shape[-2:] == (size, size):
+        return image
+    return TF.center_crop(TF.resize(image, size * 8 // 7 if size > SMALL else size, antialias=True), size)
+
+
+def resize_square(images, size):
+    """Square images (n, 3, H, H) at another size."""
+    if images.shape[-1] == size:
+        return images
+    return torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
+
+
+def generator(*key):
+    """A torch generator for a key of whole numbers such as (seed, epoch, step); equal keys give equal streams."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def uniform_from(g, n):
+    """A function uniform(low, high, *shape) that draws (n, *shape) numbers from g."""
+    return lambda low, high, *shape: torch.rand(n, *shape, generator=g) * (high - low) + low
+
+
+SHAPES = [f"{texture} {shape}" for shape in ("disc", "square", "triangle", "cross", "star") for texture in ("plain",
+        "striped")]
+BLOCK = 200  # images of shapes that are drawn together
+
+
+def shapes(n, size, seed):
+    """The first n images of ten classes that are drawn: five shapes, plain or striped.
+
+    Each block of images has a generator of its own, so that n images cost what n images cost, and are always the same.
+    """
+    blocks = [draw_shapes(BLOCK, size, generator(seed, 10, k)) for k in range(math.ceil(n / BLOCK))]
+    images, labels = (torch.cat(parts)[:n] for parts in zip(*blocks))
+    return Data(images, labels, SHAPES)
+
+
+def draw_shapes(n, size, g):
+    """(images, labels) with random place, scale, angle, colours, background and noise."""
+    uniform = uniform_from(g, n)
+    labels = torch.randint(10, (n,), generator=g)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in (-1, 1)
+    angle, scale = uniform(-0.5, 0.5, 1, 1), uniform(0.5, 0.85, 1, 1)
+    x, y = axis[None, None] - uniform(-0.25, 0.25, 1, 1), axis[None, :, None] - uniform(-0.25, 0.25, 1, 1)
+    u = (x * angle.cos() + y * angle.sin()) / scale
+    v = (y * angle.cos() - x * angle.sin()) / scale
+    radius, turn = (u**2 + v**2).sqrt(), torch.atan2(v, u)
+    edges = {  # below zero inside the shape
+        "disc": radius - 0.9,
+        "square": torch.maximum(u.abs(), v.abs()) - 0.8,
+        "triangle": torch.maximum(v - 0.5, u.abs() * 0.866 - v * 0.5 - 0.5),
+        "cross": torch.minimum(torch.maximum(u.abs() - 1, v.abs() - 0.3), torch.maximum(u.abs() - 0.3, v.abs() - 1)),
+        "star": radius - 0.65 - 0.35 * (5 * turn).cos(),
+    }
+    edge = torch.stack(list(edges.values()), 1)[torch.arange(n), labels // 2]
+    inside = torch.sigmoid(-edge * scale * size / 1.5)[:, None]
+    stripes = torch.sigmoid(8 * (uniform(7, 11, 1, 1) * u + uniform(0, 6.28, 1, 1)).sin())
+    stripes = (stripes * (labels % 2)[:, None, None])[:, None]
+
+    background, other, second = (uniform(0, 0.5, 3, 1, 1) for _ in range(3))  # dark, the ink light, or all inverted
+    ink = uniform(0.5, 1, 3, 1, 1)
+    clouds = F.interpolate(uniform(0, 1, 1, 4, 4), size=(size, size), mode="bicubic").clamp(0, 1)
+    picture = background + 0.5 * clouds * (other - background)
+    picture = picture + inside * (ink + stripes * (second - ink) - picture)
+    picture = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, picture, 1 - picture)
+    picture = picture + uniform(0.02, 0.1, 1, 1, 1) * torch.randn(n, 3, size, size, generator=g)
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8), labels

@@ -1,0 +1,152 @@
+"""A trained encoder that learns no more, and the classifier of its features: written, read and applied to images."""
+
+import hashlib
+import json
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.cli import Refused
+from common.data import generator
+from common.models import bfloat16_is_fast, build_encoder, encode, encode_images
+from common.run_folder import load_checkpoint, load_plain, load_state, write_aside
+from common.views import WorkerViews, draw_view, make_view, worker_batches
+
+
+class Frozen(nn.Module):
+    """x (n, 3, H, H) uint8, or float in [0, 1] -> r (n, width). It does not learn.
+
+    config: the options of the run, a dict. r is brought to norm 1 where the heads saw it so in training, or if `unit`.
+    """
+
+    def __init__(self, encoder, mean, std, config, device, unit=False):
+        super().__init__()
+        self.encoder, self.config, self.size = encoder, config, config["size"]
+        self.unit = unit or config.get("normalize_encoder", False)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.eval().requires_grad_(False).to(device, torch.float32, memory_format=torch.channels_last)
+        fast = config["precision"] in ("auto", "bfloat16") and bfloat16_is_fast(self.mean.device)
+        self.autocast = torch.bfloat16 if fast else None
+
+    def forward(self, x):
+        return self.scaled(encode_images(self.encoder, x, self.mean, self.std, self.autocast))
+
+    def encode(self, x):
+        """r of views, which are normalised already."""
+        return self.scaled(encode(self.encoder, x.to(memory_format=torch.channels_last), self.autocast))
+
+    def scaled(self, r):
+        return F.normalize(r) if self.unit else r
+
+
+def load_encoder(path, device, unit=False):
+    """The frozen encoder of a checkpoint of pretrain.py. Every entry of the encoder must be there, and no other."""
+    return frozen_from(load_checkpoint(path), path, device, unit)
+
+
+def frozen_from(contents, path, device, unit=False):
+    config = contents["config"]
+    try:
+        encoder, _ = build_encoder(config["arch"], config["stem"])
+        frozen = Frozen(encoder, contents["mean"], contents["std"], config, device, unit)
+    except (KeyError, AttributeError, RuntimeError) as e:
+        raise Refused(f"{path} names no encoder that pretrain.py builds: "
+                      "it is damaged or changed by hand, name another") from e
+    load_state(encoder, contents["encoder"], path)
+    return frozen
+
+
+def fingerprint(module):
+    """A digest of every parameter and buffer, batch-norm statistics included."""
+    digest = hashlib.sha256()
+    for name, entry in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(entry.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def extract(frozen, data, key=None, batch=500, workers=2):
+    """r (n, width) of the images as they are, or with a key of views of them: cropped as in training, and flipped."""
+    rows, crop_min = torch.arange(len(data.labels)).split(batch), frozen.config.get("crop_min", 0.2)
+    if data.files is not None:
+        items = ([(row, *key, row) if key else (row,) for row in part.tolist()] for part in rows)
+        read = worker_batches(WorkerViews(data, "crop" if key else "none", crop_min), items, workers)
+        return torch.cat([frozen(x) for x in read])
+    if key is None:
+        return torch.cat([frozen(data.images[part]) for part in rows])
+    parts, device = [], frozen.mean.device
+    for k, part in enumerate(rows):
+        view = draw_view(len(part), frozen.size, "crop", generator(*key, k), crop_min=crop_min)
+        parts.append(frozen.encode(make_view(data.images[part].to(device), view.to(device), frozen.mean, frozen.std)))
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------- classifiers
+
+
+def as_linear(weight, bias):
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+    linear.weight.data, linear.bias.data = weight, bias
+    return linear.requires_grad_(False)
+
+
+class Classifier(nn.Module):
+    """Images, as Frozen takes them, -> class scores (n, C).
+
+    Divided by `temperature`, they have a softmax that is better calibrated.
+    """
+
+    def __init__(self, frozen, linear, classes, temperature, dataset):
+        super().__init__()
+        self.frozen, self.linear = frozen, linear
+        self.classes, self.temperature, self.dataset, self.size = classes, temperature, dataset, frozen.size
+
+    def forward(self, x):
+        return self.linear(self.frozen(x))
+
+
+FORMAT = "supcon-probe-2"
+ENTRIES = {"config": dict, "dataset": str, "encoder": dict, "mean": torch.Tensor, "std": torch.Tensor,
+           "weight": torch.Tensor, "bias": torch.Tensor, "temperature": float, "classes": list}
+
+
+def load_classifier(path, device="cpu"):
+    """The Classifier in a classifier.pt of this script. Raises Refused for anything else."""
+    remedy = "run linear_probe.py, and name the classifier.pt that it leaves"
+    contents = load_plain(path, "classifier", "linear_probe.py", FORMAT, ENTRIES, remedy)
+    frozen = frozen_from(contents, path, torch.device(device))
+    linear = as_linear(contents["weight"].to(device), contents["bias"].to(device))
+    return Classifier(frozen, linear, contents["classes"], contents["temperature"], contents["dataset"]).eval()
+
+
+def write_classifier(path, classifier):
+    """Writes a Classifier so that load_classifier gives it back."""
+    frozen = classifier.frozen
+    contents = {
+        "format": FORMAT,
+        "config": frozen.config,
+        "dataset": classifier.dataset,
+        "encoder": frozen.encoder.state_dict(),
+        "mean": frozen.mean,
+        "std": frozen.std,
+        "weight": classifier.linear.weight,
+        "bias": classifier.linear.bias,
+        "temperature": classifier.temperature,
+        "classes": classifier.classes,
+    }
+    write(path, lambda f: torch.save(contents, f))
+
+
+def write_json(path, contents):
+    write(path, lambda f: f.write(json.dumps(contents, indent=1).encode() + b"\n"))
+
+
+def write(path, write_to):
+    try:
+        write_aside(path, write_to)
+    except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
+        raise Refused(f"{path.parent} cannot be written ({e}): "
+                      "free space, or copy what is there to a folder that can") from e

@@ -1,0 +1,141 @@
+"""What rank 0 writes of a run: the log, the progress line, the checkpoints."""
+
+import contextlib
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from common.cli import Refused, say
+from common.run_folder import RunFolder, describe_run
+
+
+class Losses:
+    """The losses of an epoch. They stay on their device until they are read, so that no step waits for it."""
+
+    def __init__(self, numbers):
+        self.numbers = list(numbers)  # those that have been read
+        self.fresh, self.lrs = [], []  # those that have not, and their learning rates
+
+    def __len__(self):
+        return len(self.numbers) + len(self.fresh)
+
+    def add(self, loss, lr):
+        self.fresh.append(loss)
+        self.lrs.append(lr)
+
+    def read(self):
+        """Reads the fresh ones, all at once. Returns (how many steps ago, loss, learning rate) of the first that is not
+        finite, or None."""
+        values = torch.stack(self.fresh).tolist() if self.fresh else []
+        wrong = [(len(values) - 1 - k, value, lr) for k, (value, lr) in enumerate(zip(values, self.lrs))
+                 if not math.isfinite(value)]
+        self.numbers += values
+        self.fresh, self.lrs = [], []
+        return wrong[0] if wrong else None
+
+
+class Journal:
+    """Notes steps and epochs of a `run` and saves its checkpoints. Its methods raise Refused where the run must end.
+
+    run: an object with config, step, steps_per_epoch, total_steps, and checkpoint(losses of the epoch, seconds).
+    resumed: the contents of the checkpoint that the run goes on from, or None. collapse: see collapse_and_floor.
+    """
+
+    def __init__(self, run, world, resumed, collapse):
+        self.config, self.collapse, self.saved = run.config, collapse, run.step
+        self.losses = Losses(resumed.get("losses_of_epoch", ()) if resumed else ())
+        self.entry, self.lr, self.shown = None, None, 0.0
+        self.sound = True  # see `writing`
+        first = None if resumed else run.checkpoint([], 0.0)
+        self.folder = RunFolder(Path(run.config.run), describe_run(run.config, world), first, run.step)
+        self.seconds = resumed["seconds"] if resumed else 0.0  # of training: diagnoses and saving do not count
+        self.clock = self.saved_at = time.perf_counter()
+        self.start_epoch()
+
+    def start_epoch(self):
+        self.steps_before, self.seconds_before = len(self.losses), self.seconds
+
+    def count_seconds(self):
+        now = time.perf_counter()
+        self.seconds += now - self.clock
+        self.clock = now
+
+    @contextlib.contextmanager
+    def writing(self):
+        """After a refusal in this block nothing more is saved: the last checkpoint is the last good one."""
+        self.sound = False
+        yield
+        self.sound = True
+
+    def note_step(self, run, loss, lr):
+        """After every step: its loss, a tensor, and its learning rate. Every --log-every steps an entry is written."""
+        self.losses.add(loss, lr)
+        self.lr = lr
+        ends_epoch = run.step % run.steps_per_epoch == 0
+        if ends_epoch or run.step % self.config.log_every == 0:
+            self.write_step(run, ends_epoch)
+
+    def write_step(self, run, ends_epoch):
+        self.refuse_non_finite(run)
+        self.count_seconds()
+        config, loss = self.config, self.losses.numbers[-1]
+        rate = (len(self.losses) - self.steps_before) * config.batch / (self.seconds - self.seconds_before)
+        epoch = math.ceil(run.step / run.steps_per_epoch)
+        self.folder.log({"step": run.step, "epoch": epoch, "loss": loss, "lr": self.lr, "images_per_s": round(rate, 1)})
+        if ends_epoch or time.perf_counter() - self.shown > 10:
+            self.shown = time.perf_counter()
+            left = (run.total_steps - run.step) * config.batch / rate / 60
+            say(f"epoch {epoch}/{config.epochs} step {run.step}/{run.total_steps}  loss {loss:.4f}  lr {self.lr:.4g}  "
+                f"{rate:.0f} images/s  {left:.1f} min left")
+
+    def note_epoch(self, run, diagnosis):
+        """At the end of an epoch: its mean loss and the numbers of the diagnosis, a dict. Saves a checkpoint."""
+        self.clock = time.perf_counter()  # the diagnosis was no training
+        losses = self.losses.numbers
+        mean_loss = math.fsum(losses) / len(losses)
+        entry = {"step": run.step, "epoch": run.step // run.steps_per_epoch, "mean_loss": mean_loss}
+        self.entry = entry | {"seconds": round(self.seconds, 2)} | diagnosis
+        self.folder.log(self.entry)
+        say("  " + "  ".join(f"{k} {v:.4g}" for k, v in self.entry.items() if isinstance(v, float)))
+        if self.collapse and abs(mean_loss - self.collapse) < 0.01 * self.collapse:
+            say(f"  warning: the loss sits at its collapse value {self.collapse:.4f}: all features are alike. "
+                "Lower --lr, lengthen --warmup or raise --tau", err=True)
+        self.losses = Losses(())
+        self.save(run)
+        self.start_epoch()
+
+    def save_now_and_then(self, run):
+        """Saves where the last checkpoint is --save-minutes old."""
+        if run.step != self.saved and time.perf_counter() - self.saved_at > 60 * self.config.save_minutes:
+            self.save(run)
+
+    def save(self, run):
+        """Saves this step's checkpoint. Nothing is saved that is not finite: the last checkpoint stays good."""
+        self.refuse_non_finite(run)
+        self.count_seconds()
+        contents = run.checkpoint(self.losses.numbers, self.seconds)
+        parts = [contents[name] for name in ("encoder", "projection", "classifier") if name in contents]
+        if not all(entry.isfinite().all() for part in parts for entry in part.values()):
+            raise self.not_finite("a weight is not finite", run.step, self.lr)
+        self.folder.save(contents)
+        self.saved = run.step
+        self.clock = self.saved_at = time.perf_counter()
+
+    def close(self, run):
+        """Saves the last step, if it is sound and not saved yet."""
+        if self.sound and run.step != self.saved:
+            self.save(run)
+        self.folder.close()
+
+    def refuse_non_finite(self, run):
+        wrong = self.losses.read()
+        if wrong:
+            ago, loss, lr = wrong
+            raise self.not_finite(f"the loss is {loss}", run.step - ago, lr)
+
+    def not_finite(self, what, step, lr):
+        last = f"the last good checkpoint is {self.folder.path}/ckpt.pt of step {self.saved}"
+        return Refused(f"{what} at step {step} (learning rate {lr:.4g}): "
+                       f"start again with a lower --lr or a longer --warmup; {last}")

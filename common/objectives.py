@@ -1,0 +1,133 @@
+"""The losses by name: one function and one row of a table each. Nothing else in the project names a loss.
+
+To add a loss, write a function of (config, z, y, images, queue) and give it a row in OBJECTIVES.
+"""
+
+import math
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import losses
+from common.ranks import gather_views
+
+# ---------------------------------------------------------------- the functions
+#
+# Each takes this rank's z (V n_r, D) and labels y (V n_r,), or class probabilities (V n_r, C), view by view; `images`
+# (n_r,), which numbers the images of the global batch; and a queue (features, labels) of contrasts, or None. It returns
+# the value of the global batch.
+
+
+def supcon_out(config, z, y, images, queue):
+    return losses.supcon_sharded(z, y, config.tau, queue=queue)
+
+
+def supcon_in(config, z, y, images, queue):
+    return losses.supcon_sharded(z, y, config.tau, queue=queue, variant="in")
+
+
+def nt_xent(config, z, y, images, queue):
+    """An image is its own class."""
+    return losses.supcon_sharded(z, images.repeat(config.views), config.tau, queue=queue)
+
+
+def triplet(config, z, y, images, queue):
+    z, y = gather_views(z, config.views), gather_views(y, config.views)  # every rank looks at all rows
+    return losses.triplet(z, y, config.margin, mining=config.mining)
+
+
+def max_margin(config, z, y, images, queue):
+    z, y = gather_views(z, config.views), gather_views(y, config.views)
+    return losses.max_margin(z, y, config.margin)
+
+
+def n_pair(config, z, y, images, queue):
+    """Sohn's loss of the pairs that lie side by side in the batch, and his penalty on the norm of z."""
+    z = gather_views(z, config.views)
+    return grouped_n_pair(z[0::2], z[1::2], config.num_classes) + config.npair_l2 * z.square().sum(1).mean()
+
+
+def grouped_n_pair(anchor, positive, num_classes):
+    """Sohn's N-pair loss takes one pair of each class: so do the groups that shuffled_pairs lines up."""
+    groups = zip(anchor.split(num_classes), positive.split(num_classes))
+    return torch.cat([losses.n_pair(a, p, reduction="none") for a, p in groups]).mean()
+
+
+# ---------------------------------------------------------------- the table
+
+
+class Objective(NamedTuple):
+    """What a loss needs, and its defaults where an option is not given."""
+
+    contrast: Callable | None  # of z; None where cross-entropy of r is all there is
+    views: int = 2
+    lr: float = 0.5  # per 1024 images
+    tau: float | None = None  # None: has no temperature
+    margin: float | None = None  # None: has no margin
+    scaled: bool = False  # by tau/0.07, as the reference code scales its contrastive losses
+    labels: bool = True  # whether it reads them
+    soft: bool = False  # whether it takes class probabilities
+    pairs: bool = False  # whether it takes pairs of images of one class, side by side
+    unit: bool = True  # whether it takes z on the unit sphere
+    queue: bool = False  # whether contrasts from earlier batches may join
+    views_min: int = 1
+    positives: Callable | None = None  # |P(i)| of an anchor, from (rows, share of its class, views); None: has no marks
+
+
+def of_the_class(rows, share, views):
+    return rows * share - 1
+
+
+def of_the_image(rows, share, views):
+    return torch.full_like(share, views - 1)
+
+
+OBJECTIVES = {
+    "supcon": Objective(supcon_out, tau=0.1, scaled=True, soft=True, queue=True, positives=of_the_class),
+    "supcon-in": Objective(supcon_in, tau=0.1, scaled=True, soft=True, queue=True, positives=of_the_class),
+    "simclr": Objective(nt_xent, tau=0.5, scaled=True, labels=False, queue=True, views_min=2, positives=of_the_image),
+    "triplet": Objective(triplet, margin=0.2),
+    "n-pair": Objective(n_pair, views=1, lr=0.1, pairs=True, unit=False),
+    "max-margin": Objective(max_margin, margin=1.0),
+    "ce": Objective(None, views=1, lr=0.8, soft=True),
+}
+
+
+# ---------------------------------------------------------------- what a batch is trained with
+
+
+def total_loss(config, z, logits, y, images, queue=None):
+    """The loss of the global batch: (1 - w) loss-scale * contrast + w cross-entropy, w = ce-weight (Gunel et al. 2021).
+
+    Arguments as of the functions above; logits (V n_r, C) or None.
+    """
+    contrast = OBJECTIVES[config.loss].contrast
+    if contrast is None:
+        return cross_entropy(logits, y, config.label_smoothing)
+    loss = config.loss_scale * contrast(config, z, y, images, queue)
+    if logits is None:
+        return loss
+    return (1 - config.ce_weight) * loss + config.ce_weight * cross_entropy(logits, y, config.label_smoothing)
+
+
+def cross_entropy(logits, y, smoothing=0.0):
+    """The mean over the rows of all ranks; y (N,) labels or (N, C) class probabilities."""
+    y = y.to(logits.dtype) if y.ndim == 2 else y
+    values = F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
+    return losses.global_mean(values, torch.ones_like(values, dtype=torch.bool))
+
+
+def collapse_and_floor(config, labels):
+    """(loss for collapsed features, lower bound), or (None, None) where the loss has no such marks.
+
+    If all features are alike, the loss is log|A(i)| = log(N - 1). And L_out >= L_in >= log|P(i)|: the floor is its mean
+    over the classes' shares.
+    """
+    positives, rows = OBJECTIVES[config.loss].positives, config.batch * config.views
+    if positives is None or config.ce_weight or config.mix or config.queue:
+        return None, None
+    share = torch.bincount(labels).double() / len(labels)
+    share = (share > 0).double() / (share > 0).sum() if config.balanced else share
+    floor = share @ positives(rows, share, config.views).clamp(min=1).log()
+    return config.loss_scale * math.log(rows - 1), config.loss_scale * floor.item()

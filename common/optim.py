@@ -1,0 +1,114 @@
+"""Learning-rate schedules, LARS, and TensorFlow's RMSProp."""
+
+import math
+
+import torch
+
+
+def scheduled(schedule, t, epoch, *, marks=(0.7, 0.8, 0.9), factor=0.1):
+    """The learning rate as a part of its peak, at the share t of the training, `epoch` epochs after the warm-up.
+
+    cosine       falls to 1/1000, as in the reference code
+    step         is multiplied by `factor` at each of the `marks`, which are shares of the training
+    exponential  is multiplied by 0.97 every half epoch, as in the official code's probes
+    constant     stays at the peak
+    """
+    if schedule == "cosine":
+        return 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * t)) / 2
+    if schedule == "step":
+        return factor ** sum(t >= mark for mark in marks)
+    if schedule == "exponential":
+        return 0.97 ** math.floor(2 * max(epoch, 0))
+    return 1.0
+
+
+def learning_rate(config, step, steps_per_epoch, **marks):
+    """The learning rate of a step: the warm-up, linear from config.warmup_from, and then the schedule.
+
+    marks: the marks and the factor of the schedule "step", where they are not the usual ones.
+    """
+    warm = config.warmup * steps_per_epoch
+    planned = planned_rate(config, max(step, warm), steps_per_epoch, **marks)
+    if step < warm:
+        return config.warmup_from + (planned - config.warmup_from) * step / warm
+    return planned
+
+
+def planned_rate(config, step, steps_per_epoch, **marks):
+    total = config.epochs * steps_per_epoch
+    return config.lr * scheduled(config.schedule, step / total, step / steps_per_epoch - config.warmup, **marks)
+
+
+def set_learning_rate(optimizer, lr):
+    """Sets the learning rate of all parameters, and returns it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rates (You et al. 2017, algorithm 1).
+
+    For a tensor w of weights with gradient g, which includes the decay:
+
+        v <- momentum v + lr * eta ||w|| / ||g|| * g        w <- w - v
+
+    Vectors (biases, batch norm) have neither decay nor adaptation. The ratio is 1 where a norm is zero.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=1e-3):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                g, ratio = w.grad, 1.0
+                if w.ndim > 1:
+                    g = g + group["weight_decay"] * w
+                    a, b = w.norm(), g.norm()
+                    ratio = torch.where((a > 0) & (b > 0), group["eta"] * a / b, 1.0)
+                if not self.state[w]:
+                    self.state[w]["momentum"] = torch.zeros_like(w)
+                v = self.state[w]["momentum"]
+                v.mul_(group["momentum"]).add_(group["lr"] * ratio * g)
+                w.sub_(v)
+
+
+class RMSProp(torch.optim.Optimizer):
+    """TensorFlow's RMSProp, for which the official code's learning rates are made.
+
+        s <- decay s + (1 - decay) g^2        v <- momentum v + lr g / sqrt(s + eps)        w <- w - v
+
+    The mean square s starts at 1, and epsilon is inside the root. In torch's own RMSprop s starts at 0 and epsilon is
+    outside, so that a small gradient moves a weight hundreds of times as far.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, decay=0.9, eps=1e-3):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay": decay,
+            "eps": eps})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                if not self.state[w]:
+                    self.state[w] |= {"square": torch.ones_like(w), "momentum": torch.zeros_like(w)}
+                s, v = self.state[w]["square"], self.state[w]["momentum"]
+                g = w.grad + group["weight_decay"] * w
+                s.lerp_(g * g, 1 - group["decay"])
+                v.mul_(group["momentum"]).add_(group["lr"] * g / (s + group["eps"]).sqrt())
+                w.sub_(v)
+
+
+def make_optimizer(config, groups, lr):
+    """SGD, LARS or RMSProp, each with momentum, for groups of parameters as torch.optim takes them."""
+    if config.optimizer == "lars":
+        return LARS(groups, lr, config.momentum)
+    if config.optimizer == "rmsprop":
+        return RMSProp(groups, lr, config.momentum)
+    return torch.optim.SGD(groups, lr, config.momentum, nesterov=config.nesterov)

@@ -1,0 +1,281 @@
+"""A run's folder, written so that a kill or a full disk loses nothing, and read so that no file can run code.
+
+    config.json       every option, and what the numbers were made with
+    log.jsonl         an object for each logged step and each epoch
+    ckpt.pt           the newest checkpoint; ckpt-previous.pt is the one before it,
+                      ckpt-damaged.pt one that could not be read
+    lock              held by the process that writes here, while it runs
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+from pathlib import Path
+
+import torch
+import torchvision
+
+from common.cli import Refused
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps a second process out
+    fcntl = None
+
+
+FORMAT = "supcon-pretrain-1"
+ENTRIES = {"config": dict, "step": int, "seconds": float, "encoder": dict, "optimizer": dict,
+           "mean": torch.Tensor, "std": torch.Tensor, "classes": list}
+
+
+def load_checkpoint(path):
+    """The contents of a checkpoint of pretrain.py: plain tensors and types. Raises Refused for anything else."""
+    return load_plain(path, "checkpoint", "pretrain.py", FORMAT, ENTRIES, "name the ckpt.pt of a run folder")
+
+
+def load_plain(path, kind, script, form, entries, remedy):
+    """The contents of a file of this project, a dict that names its format and holds these entries. Runs no code."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise Refused(f"there is no {kind} {path}: {remedy}") from e
+    except Exception as e:  # of a zip archive, of pickle, of the file system
+        raise Refused(f"{path} cannot be read as a {kind} of {script} ({type(e).__name__}): {remedy}") from e
+    if not isinstance(contents, dict) or contents.get("format") != form:
+        raise Refused(f"{path} is not a {kind} of {script}: {remedy}")
+    wrong = [name for name, type_ in entries.items() if not isinstance(contents.get(name), type_)]
+    if wrong:
+        raise Refused(f"{path} is not a {kind} of {script}, it lacks {', '.join(wrong)}: {remedy}")
+    return contents
+
+
+def newest_checkpoint(run):
+    """(contents, warning or None) of the newest readable checkpoint in the folder `run`."""
+    newest, previous = run / "ckpt.pt", run / "ckpt-previous.pt"
+    if not (is_there(newest) or is_there(previous)):
+        raise Refused(f"--resume {run} has no checkpoint: name the folder of a run")
+    try:
+        return load_checkpoint(newest), None
+    except Refused:
+        if not previous.exists():
+            raise
+    contents = load_checkpoint(previous)
+    if not newest.exists():
+        return contents, None
+    return contents, f"{newest} cannot be read: going on from {previous}, step {contents['step']}"
+
+
+def load_state(module, state, path):
+    """Loads the state of a module or optimizer from the checkpoint at `path`. It must have exactly its entries."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as e:
+        raise Refused(f"{path} does not hold the weights that its own options name: "
+                      "it is damaged or changed by hand, name another") from e
+
+
+def is_there(path):
+    try:
+        return path.exists()
+    except OSError as e:  # a name too long, a folder that may not be read
+        raise Refused(f"{str(path)[:80]} cannot be looked for ({e.strerror}): name another") from e
+
+
+def refuse_unusable(run, resuming):
+    """Refuses, before any long work and without a trace, a folder that RunFolder would refuse after it."""
+    if not resuming and (is_there(run / "log.jsonl") or holds_steps(run)):
+        raise Refused(f"--run-dir {run} already holds a run: go on with --resume {run}, or name another --run-dir")
+    place = next(p for p in (run, *run.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise Refused(f"--run-dir {run} cannot be written: name another --run-dir")
+
+
+def holds_steps(run):
+    """Whether there is a checkpoint that a new run would lose. One of step 0 is no loss."""
+    checkpoints = [path for path in (run / "ckpt.pt", run / "ckpt-previous.pt") if path.exists()]
+    try:
+        return any(load_checkpoint(path)["step"] > 0 for path in checkpoints)
+    except Refused:
+        return True
+
+
+class RunFolder:
+    """The folder of a run. This process alone writes to it. Raises Refused where it cannot be written.
+
+    about: what config.json is to hold. A new run saves its first checkpoint, `first`, before its first step, so that it
+    can be resumed from then on. A resumed run has no `first`. It puts a damaged newest checkpoint aside and cuts the
+    log back to `step`, from which it goes on.
+    """
+
+    def __init__(self, path, about, first=None, step=0):
+        self.path, self._log = path, None
+        refuse_unusable(path, resuming=first is None)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(path / "lock", "a")
+        except OSError as e:
+            raise self._unwritable(e) from e
+        self._claim()
+        try:
+            if first is None:
+                self._put_damaged_aside(step)
+                cut_log(path / "log.jsonl", step)
+                about = about | {"earlier": earlier_parts(path / "config.json")}
+            write_aside(path / "config.json", lambda f: f.write(json.dumps(about, indent=1).encode() + b"\n"))
+            if first is not None:
+                self.save(first)
+            self._log = open(path / "log.jsonl", "ab", buffering=0)
+        except OSError as e:
+            raise self._unwritable(e) from e
+
+    def _unwritable(self, e):
+        return Refused(f"--run-dir {self.path} cannot be written ({e.strerror}): free space, or name another --run-dir")
+
+    def _claim(self):
+        try:
+            if fcntl:  # this lock goes with the process, however that ends, and is not inherited by workers
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            raise Refused(f"--run-dir {self.path} is in use by another process: "
+                          "wait for its end, or name another --run-dir") from e
+        except OSError:  # a file system without locks
+            pass
+
+    def _put_damaged_aside(self, step):
+        newest = self.path / "ckpt.pt"
+        try:
+            found = load_checkpoint(newest)["step"]
+        except Refused:
+            if newest.exists():  # else the next save would move it onto the good one
+                os.replace(newest, self.path / "ckpt-damaged.pt")
+        else:
+            if found != step:  # another process saved it after we had read ours, and before we had the lock
+                raise Refused(f"--resume {self.path} has gone on to step {found} meanwhile: "
+                              "give the same command again")
+
+    def log(self, entry):
+        line = json.dumps(entry).encode() + b"\n"
+        try:
+            if self._log.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            raise Refused(f"{self.path}/log.jsonl cannot be written ({e.strerror}): "
+                          f"free space, then go on with --resume {self.path}") from e
+
+    def save(self, contents):
+        """Writes a checkpoint aside, flushes it to the disk and renames it: the folder always holds a whole one."""
+        newest, previous = self.path / "ckpt.pt", self.path / "ckpt-previous.pt"
+        try:
+            if self._log:
+                os.fsync(self._log.fileno())  # no checkpoint is newer than its log
+            write_aside(newest, lambda f: torch.save(contents, f), keep_as=previous)
+        except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
+            reason = getattr(e, "strerror", None) or "is the disk full?"
+            remedy = "free space, or name another --run-dir"
+            if newest.exists():
+                remedy = f"the last good one stays: free space, then go on with --resume {self.path}"
+            raise Refused(f"{newest} could not be written ({reason}); {remedy}") from e
+
+    def close(self):
+        self._log.close()
+        self.lock.close()
+
+
+def suffix(*kinds):
+    """The end of a name that tells a file from others of its sort: "-a-b" for the kinds a and b, the empty left out."""
+    return "".join(f"-{kind}" for kind in kinds if kind)
+
+
+def write_aside(path, write, keep_as=None):
+    """Calls write(file) on a file beside `path`, which then takes its place. What stood there becomes `keep_as`."""
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    if keep_as and path.exists():
+        os.replace(path, keep_as)
+    os.replace(aside, path)
+    if hasattr(os, "O_DIRECTORY"):  # the new names reach the disk too
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def cut_log(path, step):
+    """Drops, in place, what a killed run wrote after its last checkpoint. What stays is not written again."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as log:
+        kept = 0
+        for line in log:
+            if step_of(line) > step:
+                break
+            kept += len(line)
+        log.truncate(kept)
+
+
+def earlier_parts(path):
+    """What the earlier parts of a run ran on, from its config.json."""
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return before.get("earlier", []) + [{k: v for k, v in before.items() if k not in ("options", "earlier")}]
+
+
+def step_of(line):
+    """The step of a log line; of half a line, infinity."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def describe_run(config, world):
+    """What config.json holds: every option, and what the numbers were made with."""
+    try:
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = None
+    device = torch.cuda.get_device_name() if config.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    return {
+        "options": dataclasses.asdict(config),
+        "device": device,
+        "world": world,
+        "threads": torch.get_num_threads(),
+        "commit": commit or None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+    }
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Gives a list to which SIGTERM, SIGINT and SIGHUP are added, so that a run ends at the end of a step.
+
+    A second signal changes nothing. A signal that is ignored already, as under nohup, stays ignored.
+    """
+    asked = []
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = [signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers]
+    try:
+        yield asked
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, signal.SIG_IGN if asked else handler)
