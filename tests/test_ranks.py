@@ -102,9 +102,9 @@ def compare(seed):
 
 def main(time):
     dist.init_process_group("gloo")
-    for dense, tile in ((losses.DENSE, losses.TILE), (0, 4)):
-        losses.DENSE, losses.TILE = dense, tile
-        compare(2 * time + (dense > 0))
+    for matrix, rows in ((losses.MATRIX, losses.ROWS), (0, 4)):
+        losses.MATRIX, losses.ROWS = matrix, rows
+        compare(2 * time + (matrix > 0))
     gc.collect()  # DistributedDataParallel holds itself, and gloo aborts at exit while it is there
     dist.barrier()
     dist.destroy_process_group()
