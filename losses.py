@@ -12,7 +12,6 @@ as "B"). n images with V views make N = nV rows z_i of D numbers, view 0 of ever
     s_ij = z_i . z_j      A(i) = all rows but i      P(i) = rows of A(i) with the label of i      N(i) = the rest
 
 L_out is a cross-entropy: between the target 1/|P(i)| on P(i) and the softmax of s_ia/tau over A(i).
-
 A loss is the mean over the anchors i that have a positive; the others are left out of mean and gradient alike, and a
 batch without any gives 0. Nothing is scaled by a hidden factor and nothing is normalised: the functions are the
 equations. reduction="none" returns one value per row, 0 for a row that is left out.
@@ -37,7 +36,6 @@ MATRIX = 512  # up to MATRIX x MATRIX scores are held as a matrix; for more, see
 
 # ---------------------------------------------------------------- the supervised contrastive loss
 
-
 def supcon_out(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: str = "all",
                positives_cap: int | None = None, views: int = 2, reduction: str = "mean") -> Tensor:
     """L_out, the paper's loss (A eq. 2): mean_i -1/|P(i)| sum_{p in P(i)} log( exp(s_ip/tau) / D_ip ).
@@ -47,12 +45,10 @@ def supcon_out(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: 
       "all"           P(i) and N(i), that is A(i): the paper; large batches hold no N x N matrix
       "one_positive"  p and N(i)
       "negatives"     N(i); an anchor without negatives is left out
-    positives_cap keeps, beside the anchor's own other `views`, at most that many positives (lowest batch index
-    first, evenly over the views); the dropped ones leave the denominator too (A sec. 11).
-    Returns a scalar, or (N,) values. Raises ValueError for shapes and options that do not fit.
+    positives_cap keeps, beside the anchor's own other `views`, at most that many positives (lowest batch index first,
+    evenly over the views); the dropped ones leave the denominator too (A sec. 11). Returns a scalar, or (N,) values.
     """
     return _reduce(*_supcon("out", z, y, tau, denominator, positives_cap, views), reduction)
-
 
 def supcon_in(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: str = "all",
               positives_cap: int | None = None, views: int = 2, reduction: str = "mean") -> Tensor:
@@ -62,7 +58,6 @@ def supcon_in(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: s
     positives alone, and the paper measures it 11 points worse.
     """
     return _reduce(*_supcon("in", z, y, tau, denominator, positives_cap, views), reduction)
-
 
 def nt_xent(z: Tensor, tau: float | Tensor = 0.5, *, views: int = 2, reduction: str = "mean") -> Tensor:
     """SimCLR's NT-Xent, L_self (A eq. 1): L_out where only the other views of an image are its positives."""
@@ -104,7 +99,6 @@ def _from_scores(variant, s, w, denominator="all"):
     log_P = log_P if labels else log_P + w.where(p, 1).log()
     log_X = log_P.where(p, ABSENT).log_softmax(1)  # X_ip of A eq. 5; log P_ip - log X_ip = log sum_P P_ip, for every p
     return (w * (log_P - log_X)).sum(1) / -total + total.log(), valid  # A eq. 3
-
 
 class SupConLoss(nn.Module):
     """Drop-in for the reference PyTorch code's SupConLoss: same arguments, same value on unit rows.
@@ -150,16 +144,14 @@ class SupConLoss(nn.Module):
         factor = 1 if self.base_temperature is None else self.temperature / self.base_temperature
         return factor * _reduce(loss, valid, "mean")
 
-
 def supcon_against(z: Tensor, y: Tensor, contrast: Tensor, y_contrast: Tensor, tau: float | Tensor = 0.1, *,
                    own: int | None = None, variant: str = "out", reduction: str = "mean") -> Tensor:
     """L_out (or L_in, variant "in") of anchors against a contrast set of their own, a memory of rows for example.
 
     z (M, D) anchors with labels y (M,); contrast (N, D) rows with y_contrast (N,); or class probabilities on both
     sides. A(i) is the contrast set; where `own` is given its row own + i is anchor i itself and left out. Both
-    sides get gradients. Returns a scalar, or (M,) values. Raises ValueError for shapes and options that do not fit.
+    sides get gradients. Returns a scalar, or (M,) values.
     """
-    _check_word("variant", variant, ("out", "in"))
     _check(z, y, soft=True)
     _check_contrast(z, y, contrast, y_contrast)
     last = len(contrast) - len(z)
@@ -168,34 +160,28 @@ def supcon_against(z: Tensor, y: Tensor, contrast: Tensor, y_contrast: Tensor, t
     return _reduce(*_from_rows(variant, z, y, tau, contrast, y_contrast, own), reduction)
 
 def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0):
-    """As _from_scores, for anchors a against b, or against themselves without b.
-
-    Row own + i of b is anchor i; with own None no row is. y_a and y_b are labels or class probabilities.
-    """
+    """As _from_scores, for anchors a against b, or themselves without b. Row own + i of b is anchor i; own None: none is."""
+    _check_word("variant", variant, ("out", "in"))
     a = _divide_by_root_tau(a, tau)
-    b = None if b is None else _divide_by_root_tau(b, tau).to(a.dtype)
-    y_b = y_a if b is None else y_b
+    b, y_b = (None, y_a) if b is None else (_divide_by_root_tau(b, tau).to(a.dtype), y_b)
     if y_a.ndim == 2:
         y_a, y_b = y_a.detach().to(a.dtype), y_b.detach().to(a.dtype)
     if len(y_a) * len(y_b) > MATRIX**2:
         return _from_strips(variant, a, b, y_a, y_b, own)
     return _from_scores(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0))
 
-
 # ---------------------------------------------------------------- what came before: pairs, triplets, N-pairs
-
 
 def n_pair(anchor: Tensor, positive: Tensor, *, reduction: str = "mean") -> Tensor:
     """Sohn's N-pair loss (2016): mean_i log( 1 + sum_{j != i} exp(f_i . f_j+ - f_i . f_i+) ), raw features.
 
     anchor, positive (M, D): row i of both shows two images of one class, another class in each row. It is L_out of
-    the anchors against the positives, at tau = 1. Returns a scalar, or (M,) values.
+    the anchors against the positives, at tau = 1.
     """
     _check(anchor)
     _require(positive.shape == anchor.shape, "positive must be {} like anchor, got {}", anchor, positive)
     pair = torch.arange(len(anchor), device=anchor.device)
     return _reduce(*_from_rows("out", anchor, pair, 1.0, positive, pair, None), reduction)
-
 
 def triplet(z: Tensor, y: Tensor, margin: float = 0.2, *, mining: str = "semihard", soft: bool = False,
             reduction: str = "mean") -> Tensor:
@@ -231,7 +217,6 @@ def _hinges(d_p, d_n, margin, soft):
     u = d_p - d_n + margin
     return (torch.logaddexp(u, torch.zeros_like(u)) if soft else F.relu(u)).sum(1)  # F.softplus turns linear
 
-
 def max_margin(z: Tensor, y: Tensor, margin: float = 1.0, *, reduction: str = "mean") -> Tensor:
     """Hadsell's pair loss (2006): the mean over A(i) of D^2/2 for a positive, [margin - D]_+^2/2 for a negative.
 
@@ -244,9 +229,7 @@ def max_margin(z: Tensor, y: Tensor, margin: float = 1.0, *, reduction: str = "m
     loss, valid = pair.sum(1) / max(len(z) - 1, 1), p.any(1)
     return _reduce(loss.where(valid, 0), valid, reduction)
 
-
 # ---------------------------------------------------------------- Wang & Liu: what the temperature does
-
 
 def hard_contrastive(z: Tensor, tau: float | Tensor, k: int, *, views: int = 2, reduction: str = "mean") -> Tensor:
     """L_hard (B eq. 9): NT-Xent in which each anchor keeps only the k negatives nearest to it."""
@@ -255,8 +238,8 @@ def hard_contrastive(z: Tensor, tau: float | Tensor, k: int, *, views: int = 2, 
     s = s.masked_fill(~(p | _nearest_negatives(s, n, k)), ABSENT)
     return _reduce(*_from_scores("out", s, p), reduction)
 
-
-def simple_contrastive(z: Tensor, lam: float, *, views: int = 2, k: int | None = None, reduction: str = "mean") -> Tensor:
+def simple_contrastive(z: Tensor, lam: float, *, views: int = 2, k: int | None = None,
+                       reduction: str = "mean") -> Tensor:
     """L_simple (B eq. 3): -mean_{p in P(i)} s_ip + lam sum_{j in N(i)} s_ij; k keeps the k nearest negatives."""
     p, n = _positives_negatives(z, _image_index(z, views))
     s = _scores(z)
@@ -264,14 +247,12 @@ def simple_contrastive(z: Tensor, lam: float, *, views: int = 2, k: int | None =
     loss, valid = lam * (n * s).sum(1) - (p * s).sum(1) / p.sum(1).clamp(min=1), p.any(1)
     return _reduce(loss.where(valid, 0), valid, reduction)
 
-
 def uniformity(z: Tensor, t: float = 2) -> Tensor:
     """Wang & Isola 2020 (B eq. 10): log of the mean over pairs i != j of exp(-t ||z_i - z_j||^2)."""
     _check(z)
-    N = len(z)
-    _require(N > 1, "uniformity needs a pair of rows, got {}", N)
-    return _fill(-t * _squared_distances(z), 0, -torch.inf).flatten().logsumexp(0) - math.log(N * (N - 1))
-
+    _require(len(z) > 1, "uniformity needs a pair of rows, got {}", len(z))
+    pairs = len(z) * (len(z) - 1)
+    return _fill(-t * _squared_distances(z), 0, -torch.inf).flatten().logsumexp(0) - math.log(pairs)
 
 def alignment(z: Tensor, *, views: int = 2) -> Tensor:
     """Wang & Isola 2020: the mean over images and pairs of their views of ||z_i - z_p||^2."""
@@ -282,26 +263,21 @@ def alignment(z: Tensor, *, views: int = 2) -> Tensor:
     d = (v[first] - v[second]).square().sum(2)
     return d.sum() / max(d.numel(), 1)
 
-
 def tolerance(z: Tensor, y: Tensor) -> Tensor:
     """B eq. 11 over the pairs of one label: the mean of s_ij over all i != j with y_i = y_j; 0 if there is none."""
     p, _ = _positives_negatives(z, y)
     return (p * _scores(z)).sum() / p.sum().clamp(min=1)
 
-
 # ---------------------------------------------------------------- across ranks
-
 
 def supcon_sharded(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, queue: tuple[Tensor, Tensor] | None = None,
                    variant: str = "out") -> Tensor:
     """L_out or L_in of the rows of all ranks. Each rank gives its own (n_r, D) rows and labels, and scores only these
     against everybody's: the value is the global one on every rank, and after DistributedDataParallel's averaging so
     is the gradient, for unequal and empty shards too.
-
     queue (features, labels), the same on every rank, joins the contrast set. For NT-Xent let y number the images of
     all ranks. Without a process group this is the loss of one process.
     """
-    _check_word("variant", variant, ("out", "in"))
     _check(z, y, soft=True)
     if queue is None and _world_size() == 1:
         return _reduce(*_from_rows(variant, z, y, tau), "mean")
@@ -310,7 +286,6 @@ def supcon_sharded(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, queue: tu
         _check_contrast(z, y, *queue)
         contrast, y_contrast = torch.cat([contrast, queue[0]]), torch.cat([y_contrast, queue[1]])
     return global_mean(*_from_rows(variant, z, y, tau, contrast, y_contrast, own))
-
 
 def global_mean(values: Tensor, valid: Tensor) -> Tensor:
     """The mean over all ranks of the values (n_r,) that are valid, on every rank; 0 if none is.
@@ -322,7 +297,6 @@ def global_mean(values: Tensor, valid: Tensor) -> Tensor:
     _require(fits, "valid must be boolean {}, got {} {}", values, valid.dtype, valid)
     total = torch.where(valid, _widen(values), 0).sum()
     return _AllReduce.apply(total) / _AllReduce.apply(valid.sum()).clamp(min=1)
-
 
 def all_gather_rows(z: Tensor) -> Tensor:
     """The rows (n_r, ...) of every rank r, features or labels, in the order of the ranks, with gradients.
@@ -357,7 +331,6 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return _AllReduce.apply(g)
-
 
 # ---------------------------------------------------------------- sets, checks, means
 
@@ -426,7 +399,6 @@ def _require(condition, message, *values):
     if not condition:
         raise ValueError(message.format(*(tuple(v.shape) if isinstance(v, Tensor) else v for v in values)))
 
-
 # ---------------------------------------------------------------- scores in full precision
 
 def _scores(z, tau=1.0, own=None):
@@ -472,6 +444,9 @@ class _Ieee:
                 if self.backend.fp32_precision != self.found:
                     self.backend.fp32_precision = self.found
 
+def _no_autocast(device):
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
 IEEE = {True: _Ieee(torch.backends.cuda.matmul), False: _Ieee(torch.backends.mkldnn.matmul)}  # on a GPU, elsewhere
 
 def _exact_op(schema, fake):
@@ -482,14 +457,12 @@ def _exact_op(schema, fake):
         def exact(a, *rest):
             if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (a, *rest)):
                 raise RuntimeError("the losses have no second derivative: differentiate them without create_graph=True")
-            device = a.device.type
-            autocast = torch.is_autocast_enabled(device)
-            with IEEE[a.is_cuda], torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+            with IEEE[a.is_cuda], _no_autocast(a.device.type):
                 return f(a, *rest)
 
         name = f"supcon_{__name__.replace('.', '_')}::{f.__name__}"  # another copy of this file has ops of its own
-        unsafe = torch.Tag.cudagraph_unsafe  # strips look at the size of the scores
-        op = torch.library.custom_op(name, exact, mutates_args=(), schema=schema, tags=(unsafe,))
+        unsafe = (torch.Tag.cudagraph_unsafe,)  # strips look at the size of the scores
+        op = torch.library.custom_op(name, exact, mutates_args=(), schema=schema, tags=unsafe)
         op.register_fake(fake)
         return lambda *args: (op if torch.compiler.is_compiling() else exact)(*args)
 
@@ -513,7 +486,6 @@ class _Scores(torch.autograd.Function):
         if b is None:
             return _product(g + g.T, a), None, None  # a row is an anchor, and a contrast of the others
         return _product(g, b), _product(g.T, a) if ctx.needs_input_grad[1] else None, None
-
 
 # ================================================================ The same values, faster
 #
@@ -557,20 +529,21 @@ def _number_classes(y):
 def _positive_sums(rows, y_a, y_b, own):
     """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums of the classes, less the pair (i, own + i)."""
     wide = torch.float32 if rows.device.type == "mps" else torch.float64  # thousands of rows are added up
-    rows_1 = F.pad(rows, (0, 1), value=1).to(wide)
+    rows_1 = F.pad(rows, (0, 1), value=1)
     if y_a.ndim == 2:
-        y_a, y_b = y_a.to(wide), y_b.to(wide)
+        rows_1, y_a, y_b = rows_1.to(wide), y_a.to(wide), y_b.to(wide)  # a small overlap of classes is a difference
         sums = _Scores.apply(y_a, _Scores.apply(rows_1.T, y_b.T, None), None)
     else:
-        of_classes = rows_1.new_zeros(len(y_a) + len(y_b), rows_1.shape[1]).index_add(0, y_b, rows_1)
-        sums = of_classes.index_select(0, y_a)
+        count = len(y_a) + len(y_b) if torch.compiler.is_compiling() else 1 + int(torch.maximum(y_a.max(), y_b.max()))
+        of_classes = rows.new_zeros(count, rows_1.shape[1], dtype=wide).index_add(0, y_b, rows_1.to(wide))
+        sums = of_classes.index_select(0, y_a).to(rows.dtype)
+    if own is None:
+        return sums[:, :-1].to(rows.dtype), sums[:, -1].detach().to(rows.dtype)
+    mine = slice(own, own + len(y_a))
+    itself = (y_a * y_b[mine]).sum(1) if y_a.ndim == 2 else (y_a == y_b[mine]).to(rows.dtype)
+    sums = sums - itself[:, None] * rows_1[mine]
     weight = sums[:, -1].detach()
-    if own is not None:
-        mine = slice(own, own + len(y_a))
-        itself = (y_a * y_b[mine]).sum(1) if y_a.ndim == 2 else (y_a == y_b[mine]).to(wide)
-        sums = sums - itself[:, None] * rows_1[mine]
-        rounding = (1e-6 if wide == torch.float32 else 1e-12) * itself
-        weight = (weight - itself).masked_fill(weight - itself <= rounding, 0)
+    weight = weight.masked_fill(weight <= (1e-6 if wide == torch.float32 else 1e-12) * itself, 0)  # rounding's remains
     return sums[:, :-1].to(rows.dtype), weight.to(rows.dtype)
 
 class _LogSumExp(torch.autograd.Function):
@@ -599,12 +572,11 @@ def _log_sums(a, b, y_a, y_b, own, variant, keep):
     mild, kept = _is_mild(a, b, y_a, variant), []
     keep = keep and len(a) * ((len(a) + ROWS) // 2 if b is None else len(b)) <= KEPT
     log_sum = a.new_full((1 + (variant == "in"), len(a)), -torch.inf)
-    for I, J, s in _strips(a, b, own, mild):
+    for I, J, s in _strips(a, b, own, mild, keep):
         for log_sum_k, part in zip(log_sum, _parts(s, y_a[I], y_b[J], variant, mild)):
             log_sum_k[I] = log_sum_k[I].logaddexp2(_log_sum(part, 1, mild))
-            if b is None and I.stop < J.stop:
-                later = slice(I.stop, J.stop)
-                log_sum_k[later] = log_sum_k[later].logaddexp2(_log_sum(part[:, len(s) :], 0, mild))
+            if b is None:
+                log_sum_k[I.stop :] = log_sum_k[I.stop :].logaddexp2(_log_sum(part[:, len(s) :], 0, mild))
         if keep:
             kept.append(s)
     return [log_sum, *kept]
@@ -614,14 +586,17 @@ def _log_sums(a, b, y_a, y_b, own, variant, keep):
 def _log_sums_grad(a, b, y_a, y_b, own, variant, g, log_sum, kept, of_b):
     """[the gradient in a, and in b if of_b], from g, that in log_sum: dL/ds_ij = g_i 2^(s_ij - log_sum_i)."""
     mild, rows = _is_mild(a, b, y_a, variant), a if b is None else b
-    log_sum = log_sum.masked_fill(g == 0, torch.inf)  # far below, or -inf, for an anchor that is left out: 0 * inf is nan
+    log_sum = log_sum.masked_fill(g == 0, torch.inf)  # it is -inf or far below for an anchor left out; 0 * inf is nan
     c = g * torch.exp2(-log_sum) if mild else g
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
-    for I, J, s in _strips(a, b, own, mild, kept):
-        G = torch.zeros_like(s)
+    room_of_G, room = a.new_empty(0), a.new_empty(0)
+    for I, J, s in _strips(a, b, own, mild, kept=kept):
+        G = room_of_G.resize_(s.shape).zero_()
         for k, part in enumerate(_parts(s, y_a[I], y_b[J], variant, mild)):
-            for K in ((I, None), J) if b is None else ((I, None),):  # s_ij = s_ji: j is an anchor too, and i its contrast
-                softmax = part if mild else (part - log_sum[k][K]).exp2_()  # if mild, all but a factor that c has
+            for K in ((I, None), J) if b is None else ((I, None),):  # s_ij = s_ji: each is the other's contrast
+                softmax = part  # if mild, up to a factor that is in c
+                if not mild:
+                    softmax = torch.sub(part, log_sum[k][K], out=room.resize_(s.shape)).exp2_()
                 G.addcmul_(softmax, c[k][K])
         grads[0][I].addmm_(G, rows[J])
         if b is None:
@@ -630,20 +605,21 @@ def _log_sums_grad(a, b, y_a, y_b, own, variant, g, log_sum, kept, of_b):
             grads[1].addmm_(G.T, a[I])
     return grads
 
-def _strips(a, b, own, mild, kept=()):
+def _strips(a, b, own, mild, keep=False, kept=()):
     """Yields (I, J, s): anchors, their columns, and s_ij between them, or 2^s_ij if mild; -inf or 0 for j = own + i.
-
-    kept are all strips of an earlier pass, or none.
-    """
+    One strip overwrites another unless keep. They are taken from kept, unless that is empty."""
     columns = a if b is None else b
     rows = max(1, min(ROWS if a.device.type == "cpu" else 8 * ROWS, HELD // len(columns)))
+    room = a.new_empty(0)
     for i in range(0, len(a), rows):
         I, J = slice(i, min(i + rows, len(a))), slice(i if b is None else 0, len(columns))
         if kept:
             yield I, J, kept[i // rows]
-        else:
-            s = _fill(a[I] @ columns[J].T, None if own is None else own + i - J.start, -torch.inf)
-            yield I, J, s.exp2_() if mild else s
+            continue
+        room = a.new_empty(0) if keep else room
+        s = torch.mm(a[I], columns[J].T, out=room.resize_(I.stop - i, J.stop - J.start))
+        s = _fill(s, None if own is None else own + i - J.start, -torch.inf)
+        yield I, J, s.exp2_() if mild else s
 
 def _is_mild(a, b, y_a, variant):
     """Whether |s_ij| < 60 by Cauchy and Schwarz, so that 2^s_ij can be added up without taking a maximum off."""

@@ -5,8 +5,10 @@ Tests that set the strips' height do so below any batch here, so that every batc
 import contextlib
 import importlib.util
 import math
+import re
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import losses
 import reference_numpy as oracle
 import strategies as own
-from test_losses import CASES, EPS, ROUNDINGS, Case, actual, expected, expected_grads, grad_bound, leaves, rows_of, value_bound
+from test_losses import CASES, EPS, ROUNDINGS, Case, actual, check_value_and_gradient, every, expected, expected_grads
+from test_losses import grad_bound, leaves, rows_of, value_bound
 
 heights = st.integers(1, 9)
 keeps = st.booleans()
@@ -186,6 +189,53 @@ def test_a_row_of_nan_is_not_hidden_by_strips(case, data):
     z[:] = np.nan
     with strips_of(3):
         assert actual(case, b._replace(z=z), leaves(case, b._replace(z=z))).isnan()
+
+
+# ---------------------------------------------------------------- what is left without the strips
+
+
+def load(name, text, folder):
+    (folder / f"{name}.py").write_text(text)
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """losses.py without what follows its banner, and with the line that the banner gives in place of its like."""
+    above, below = Path(losses.__file__).read_text().split("# ================================================================ The same values, faster\n")
+    line = re.search(r"write (MATRIX = \S+) above", below)[1]
+    above, count = re.subn(r"^MATRIX = \S+", line, above, flags=re.MULTILINE)
+    assert count == 1 and "def _from_strips" in below
+    return load("cut_losses", above, tmp_path_factory.mktemp("cut"))
+
+
+@every()
+@settings(max_examples=15)
+@given(data=st.data())
+def test_above_the_banner_all_is_right(cut, case, data):
+    check_value_and_gradient(case, data.draw(case.batches), cut)
+
+
+@settings(max_examples=15)
+@given(b=own.batches(), variant=st.sampled_from(["out", "in"]))
+def test_above_the_banner_other_contrast_sets_are_right(cut, b, variant):
+    M = (len(b.z) + 1) // 2
+    arguments = b.z[:M], b.y[:M], b.z, b.y
+    value = oracle.supcon_against(*arguments, b.tau, own=0, variant=variant)
+    loss = cut.supcon_against(*map(torch.tensor, arguments), b.tau, own=0, variant=variant)
+    assert abs(loss.item() - value) <= value_bound(value, Case("supcon_out"), b, EPS[torch.float64])
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_above_the_banner_large_batches_are_right(cut, variant):
+    z, y = rows_of(300, 2, 16).requires_grad_(), torch.arange(300).repeat(2) % 7
+    assert len(z) > losses.MATRIX
+    values = [getattr(module, f"supcon_{variant}")(z, y, 0.05) for module in (losses, cut)]
+    torch.testing.assert_close(*values, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in values), rtol=1e-9, atol=1e-12)
 
 
 # ---------------------------------------------------------------- surroundings: precision, compilation, second derivatives
