@@ -160,7 +160,7 @@ def supcon_against(z: Tensor, y: Tensor, contrast: Tensor, y_contrast: Tensor, t
     return _reduce(*_from_rows(variant, z, y, tau, contrast, y_contrast, own), reduction)
 
 def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0):
-    """As _from_scores, for anchors a against b, or themselves without b. Row own + i of b is anchor i; own None: none is."""
+    """As _from_scores, for anchors a against b, or themselves without b; row own + i of b is anchor i, if own is given."""
     _check_word("variant", variant, ("out", "in"))
     a = _divide_by_root_tau(a, tau)
     b, y_b = (None, y_a) if b is None else (_divide_by_root_tau(b, tau).to(a.dtype), y_b)
@@ -444,10 +444,10 @@ class _Ieee:
                 if self.backend.fp32_precision != self.found:
                     self.backend.fp32_precision = self.found
 
+IEEE = {True: _Ieee(torch.backends.cuda.matmul), False: _Ieee(torch.backends.mkldnn.matmul)}  # on a GPU, elsewhere
+
 def _no_autocast(device):
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-
-IEEE = {True: _Ieee(torch.backends.cuda.matmul), False: _Ieee(torch.backends.mkldnn.matmul)}  # on a GPU, elsewhere
 
 def _exact_op(schema, fake):
     """Runs a function of tensors in full precision, without autocast, whatever the surroundings say, and without a
@@ -537,14 +537,13 @@ def _positive_sums(rows, y_a, y_b, own):
         count = len(y_a) + len(y_b) if torch.compiler.is_compiling() else 1 + int(torch.maximum(y_a.max(), y_b.max()))
         of_classes = rows.new_zeros(count, rows_1.shape[1], dtype=wide).index_add(0, y_b, rows_1.to(wide))
         sums = of_classes.index_select(0, y_a).to(rows.dtype)
-    if own is None:
-        return sums[:, :-1].to(rows.dtype), sums[:, -1].detach().to(rows.dtype)
-    mine = slice(own, own + len(y_a))
-    itself = (y_a * y_b[mine]).sum(1) if y_a.ndim == 2 else (y_a == y_b[mine]).to(rows.dtype)
-    sums = sums - itself[:, None] * rows_1[mine]
-    weight = sums[:, -1].detach()
-    weight = weight.masked_fill(weight <= (1e-6 if wide == torch.float32 else 1e-12) * itself, 0)  # rounding's remains
-    return sums[:, :-1].to(rows.dtype), weight.to(rows.dtype)
+    if own is not None:
+        mine = slice(own, own + len(y_a))
+        itself = (y_a * y_b[mine] if y_a.ndim == 2 else (y_a == y_b[mine])[:, None]).sum(1, keepdim=True)
+        sums = sums - itself * rows_1[mine]
+        remains = (1e-6 if wide == torch.float32 else 1e-12) * itself  # of rounding, where nothing else has weight
+        sums = sums.masked_fill(sums[:, -1:] <= remains, 0)
+    return sums[:, :-1].to(rows.dtype), sums[:, -1].detach().to(rows.dtype)
 
 class _LogSumExp(torch.autograd.Function):
     """log2 of sum_j 2^s_ij over A(i), for L_in of sum_j w_ij 2^s_ij over P(i) as well: (1 or 2, M), -inf for no sum."""
@@ -570,7 +569,8 @@ SETS = "Tensor a, Tensor? b, Tensor y_a, Tensor y_b, SymInt? own, str variant"  
 def _log_sums(a, b, y_a, y_b, own, variant, keep):
     """[log_sum, and the strips if the backward needs them and they are few]"""
     mild, kept = _is_mild(a, b, y_a, variant), []
-    keep = keep and len(a) * ((len(a) + ROWS) // 2 if b is None else len(b)) <= KEPT
+    width = (len(a) + _height(a, len(a))) // 2 if b is None else len(b)  # in the mean
+    keep = keep and len(a) * width <= KEPT
     log_sum = a.new_full((1 + (variant == "in"), len(a)), -torch.inf)
     for I, J, s in _strips(a, b, own, mild, keep):
         for log_sum_k, part in zip(log_sum, _parts(s, y_a[I], y_b[J], variant, mild)):
@@ -605,11 +605,15 @@ def _log_sums_grad(a, b, y_a, y_b, own, variant, g, log_sum, kept, of_b):
             grads[1].addmm_(G.T, a[I])
     return grads
 
+def _height(a, N):
+    """The rows of a strip of N columns."""
+    return max(1, min(ROWS if a.device.type == "cpu" else 8 * ROWS, HELD // N))
+
 def _strips(a, b, own, mild, keep=False, kept=()):
     """Yields (I, J, s): anchors, their columns, and s_ij between them, or 2^s_ij if mild; -inf or 0 for j = own + i.
     One strip overwrites another unless keep. They are taken from kept, unless that is empty."""
     columns = a if b is None else b
-    rows = max(1, min(ROWS if a.device.type == "cpu" else 8 * ROWS, HELD // len(columns)))
+    rows = _height(a, len(columns))
     room = a.new_empty(0)
     for i in range(0, len(a), rows):
         I, J = slice(i, min(i + rows, len(a))), slice(i if b is None else 0, len(columns))

@@ -369,6 +369,16 @@ def test_a_tensor_tau_learns_through_strips(case, data):
     assert grad == pytest.approx((ahead - behind) / (2 * h), abs=1e-6 / b.tau)
 
 
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("tau", [0.5, 0.001], ids=["mild", "large scores"])
+def test_a_second_backward_of_kept_strips_gives_the_same(variant, tau):
+    z, y = rows_of(12, 2, 4).requires_grad_(), torch.arange(24) % 12 % 3
+    with strips_of(5):
+        loss = getattr(losses, f"supcon_{variant}")(z, y, tau)
+        grads = [torch.autograd.grad(loss, z, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*grads)
+
+
 def test_no_matrix_of_all_scores_is_kept_for_the_backward():
     kept = {}
 
