@@ -160,7 +160,7 @@ def supcon_against(z: Tensor, y: Tensor, contrast: Tensor, y_contrast: Tensor, t
     return _reduce(*_from_rows(variant, z, y, tau, contrast, y_contrast, own), reduction)
 
 def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0):
-    """As _from_scores, for anchors a against b, or themselves without b; row own + i of b is anchor i, if own is given."""
+    """As _from_scores, for anchors a against b, or themselves without b. Row own + i of b, if own is given, is i."""
     _check_word("variant", variant, ("out", "in"))
     a = _divide_by_root_tau(a, tau)
     b, y_b = (None, y_a) if b is None else (_divide_by_root_tau(b, tau).to(a.dtype), y_b)
@@ -446,9 +446,6 @@ class _Ieee:
 
 IEEE = {True: _Ieee(torch.backends.cuda.matmul), False: _Ieee(torch.backends.mkldnn.matmul)}  # on a GPU, elsewhere
 
-def _no_autocast(device):
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-
 def _exact_op(schema, fake):
     """Runs a function of tensors in full precision, without autocast, whatever the surroundings say, and without a
     derivative. In a compiled graph, where a loop would unroll, it is one node whose results' shapes `fake` makes."""
@@ -457,7 +454,9 @@ def _exact_op(schema, fake):
         def exact(a, *rest):
             if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (a, *rest)):
                 raise RuntimeError("the losses have no second derivative: differentiate them without create_graph=True")
-            with IEEE[a.is_cuda], _no_autocast(a.device.type):
+            device, unchanged = a.device.type, contextlib.nullcontext()
+            autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else unchanged
+            with IEEE[a.is_cuda], autocast:
                 return f(a, *rest)
 
         name = f"supcon_{__name__.replace('.', '_')}::{f.__name__}"  # another copy of this file has ops of its own
