@@ -163,7 +163,10 @@ def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0):
     """As _from_scores, for anchors a against b, or themselves without b. Row own + i of b, if own is given, is i."""
     _check_word("variant", variant, ("out", "in"))
     a = _divide_by_root_tau(a, tau)
-    b, y_b = (None, y_a) if b is None else (_divide_by_root_tau(b, tau).to(a.dtype), y_b)
+    if b is None:
+        y_b = y_a
+    else:
+        b = _divide_by_root_tau(b, tau).to(a.dtype)
     if y_a.ndim == 2:
         y_a, y_b = y_a.detach().to(a.dtype), y_b.detach().to(a.dtype)
     if len(y_a) * len(y_b) > MATRIX**2:
@@ -181,7 +184,7 @@ def n_pair(anchor: Tensor, positive: Tensor, *, reduction: str = "mean") -> Tens
     _check(anchor)
     _require(positive.shape == anchor.shape, "positive must be {} like anchor, got {}", anchor, positive)
     pair = torch.arange(len(anchor), device=anchor.device)
-    return _reduce(*_from_rows("out", anchor, pair, 1.0, positive, pair, None), reduction)
+    return _reduce(*_from_rows("out", anchor, pair, 1.0, positive, pair, None), reduction)  # Sohn
 
 def triplet(z: Tensor, y: Tensor, margin: float = 0.2, *, mining: str = "semihard", soft: bool = False,
             reduction: str = "mean") -> Tensor:
@@ -226,7 +229,8 @@ def max_margin(z: Tensor, y: Tensor, margin: float = 1.0, *, reduction: str = "m
     z = _widen(z)
     D = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")  # its gradient at D = 0 is 0
     pair = torch.where(p, D.square() / 2, 0) + torch.where(n, F.relu(margin - D).square() / 2, 0)
-    loss, valid = pair.sum(1) / max(len(z) - 1, 1), p.any(1)
+    loss = pair.sum(1) / max(len(z) - 1, 1)  # Hadsell
+    valid = p.any(1)
     return _reduce(loss.where(valid, 0), valid, reduction)
 
 # ---------------------------------------------------------------- Wang & Liu: what the temperature does
@@ -235,7 +239,7 @@ def hard_contrastive(z: Tensor, tau: float | Tensor, k: int, *, views: int = 2, 
     """L_hard (B eq. 9): NT-Xent in which each anchor keeps only the k negatives nearest to it."""
     p, n = _positives_negatives(z, _image_index(z, views))
     s = _scores(z, tau)
-    s = s.masked_fill(~(p | _nearest_negatives(s, n, k)), ABSENT)
+    s = s.masked_fill(~(p | _nearest_negatives(s, n, k)), ABSENT)  # B eq. 9
     return _reduce(*_from_scores("out", s, p), reduction)
 
 def simple_contrastive(z: Tensor, lam: float, *, views: int = 2, k: int | None = None,
@@ -244,15 +248,16 @@ def simple_contrastive(z: Tensor, lam: float, *, views: int = 2, k: int | None =
     p, n = _positives_negatives(z, _image_index(z, views))
     s = _scores(z)
     n = n if k is None else _nearest_negatives(s, n, k)
-    loss, valid = lam * (n * s).sum(1) - (p * s).sum(1) / p.sum(1).clamp(min=1), p.any(1)
+    loss = lam * (n * s).sum(1) - (p * s).sum(1) / p.sum(1).clamp(min=1)  # B eq. 3
+    valid = p.any(1)
     return _reduce(loss.where(valid, 0), valid, reduction)
 
 def uniformity(z: Tensor, t: float = 2) -> Tensor:
     """Wang & Isola 2020 (B eq. 10): log of the mean over pairs i != j of exp(-t ||z_i - z_j||^2)."""
     _check(z)
     _require(len(z) > 1, "uniformity needs a pair of rows, got {}", len(z))
-    pairs = len(z) * (len(z) - 1)
-    return _fill(-t * _squared_distances(z), 0, -torch.inf).flatten().logsumexp(0) - math.log(pairs)
+    u = _fill(-t * _squared_distances(z), 0, -torch.inf)
+    return u.flatten().logsumexp(0) - math.log(len(z) * (len(z) - 1))  # B eq. 10
 
 def alignment(z: Tensor, *, views: int = 2) -> Tensor:
     """Wang & Isola 2020: the mean over images and pairs of their views of ||z_i - z_p||^2."""
@@ -266,7 +271,7 @@ def alignment(z: Tensor, *, views: int = 2) -> Tensor:
 def tolerance(z: Tensor, y: Tensor) -> Tensor:
     """B eq. 11 over the pairs of one label: the mean of s_ij over all i != j with y_i = y_j; 0 if there is none."""
     p, _ = _positives_negatives(z, y)
-    return (p * _scores(z)).sum() / p.sum().clamp(min=1)
+    return (p * _scores(z)).sum() / p.sum().clamp(min=1)  # B eq. 11
 
 # ---------------------------------------------------------------- across ranks
 
@@ -275,16 +280,19 @@ def supcon_sharded(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, queue: tu
     """L_out or L_in of the rows of all ranks. Each rank gives its own (n_r, D) rows and labels, and scores only these
     against everybody's: the value is the global one on every rank, and after DistributedDataParallel's averaging so
     is the gradient, for unequal and empty shards too.
+
     queue (features, labels), the same on every rank, joins the contrast set. For NT-Xent let y number the images of
     all ranks. Without a process group this is the loss of one process.
     """
     _check(z, y, soft=True)
     if queue is None and _world_size() == 1:
         return _reduce(*_from_rows(variant, z, y, tau), "mean")
-    (contrast, own), (y_contrast, _) = _gather(z), _gather(y)
+    contrast, own = _gather(z)
+    y_contrast, _ = _gather(y)
     if queue is not None:
         _check_contrast(z, y, *queue)
-        contrast, y_contrast = torch.cat([contrast, queue[0]]), torch.cat([y_contrast, queue[1]])
+        contrast = torch.cat([contrast, queue[0]])
+        y_contrast = torch.cat([y_contrast, queue[1]])
     return global_mean(*_from_rows(variant, z, y, tau, contrast, y_contrast, own))
 
 def global_mean(values: Tensor, valid: Tensor) -> Tensor:
@@ -310,7 +318,8 @@ def _gather(z):
     """The rows of all ranks, and how many of them come before this rank's."""
     if _world_size() == 1:
         return z, 0
-    z, rank = z if z.is_floating_point() else z.long(), dist.get_rank()  # what every backend can add up
+    z = z if z.is_floating_point() else z.long()  # what every backend can add up
+    rank = dist.get_rank()
     rows = _AllReduce.apply(F.one_hot(torch.tensor(rank, device=z.device), _world_size()) * len(z)).tolist()
     before, after = sum(rows[:rank]), sum(rows[rank + 1 :])
     return _AllReduce.apply(F.pad(z, (0, 0) * (z.ndim - 1) + (before, after))), before
@@ -557,9 +566,9 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        sets, (log_sum, *kept) = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        a, b, y_a, y_b, log_sum, *kept = ctx.saved_tensors
         of_b = ctx.needs_input_grad[1]
-        grads = _log_sums_grad(*sets, ctx.own, ctx.variant, g, log_sum, kept, of_b)
+        grads = _log_sums_grad(a, b, y_a, y_b, ctx.own, ctx.variant, g, log_sum, kept, of_b)
         return grads[0], grads[1] if of_b else None, None, None, None, None
 
 SETS = "Tensor a, Tensor? b, Tensor y_a, Tensor y_b, SymInt? own, str variant"  # b None: the anchors themselves
@@ -567,7 +576,8 @@ SETS = "Tensor a, Tensor? b, Tensor y_a, Tensor y_b, SymInt? own, str variant"  
 @_exact_op(f"({SETS}, bool keep) -> Tensor[]", lambda a, *rest: [a.new_empty(1 + (rest[4] == "in"), len(a))])
 def _log_sums(a, b, y_a, y_b, own, variant, keep):
     """[log_sum, and the strips if the backward needs them and they are few]"""
-    mild, kept = _is_mild(a, b, y_a, variant), []
+    mild = _is_mild(a, b, y_a, variant)
+    kept = []
     width = (len(a) + _height(a, len(a))) // 2 if b is None else len(b)  # in the mean
     keep = keep and len(a) * width <= KEPT
     log_sum = a.new_full((1 + (variant == "in"), len(a)), -torch.inf)
@@ -584,7 +594,8 @@ def _log_sums(a, b, y_a, y_b, own, variant, keep):
            lambda a, b, *rest: [torch.empty_like(x) for x in (a, b)[: 1 + rest[-1]]])
 def _log_sums_grad(a, b, y_a, y_b, own, variant, g, log_sum, kept, of_b):
     """[the gradient in a, and in b if of_b], from g, that in log_sum: dL/ds_ij = g_i 2^(s_ij - log_sum_i)."""
-    mild, rows = _is_mild(a, b, y_a, variant), a if b is None else b
+    mild = _is_mild(a, b, y_a, variant)
+    rows = a if b is None else b
     log_sum = log_sum.masked_fill(g == 0, torch.inf)  # it is -inf or far below for an anchor left out; 0 * inf is nan
     c = g * torch.exp2(-log_sum) if mild else g
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]

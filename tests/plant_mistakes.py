@@ -33,7 +33,7 @@ MISTAKES = [
     ),
     ("mean over all anchors", "loss.sum() / valid.count_nonzero().clamp(min=1)", "loss.sum() / max(len(loss), 1)"),
     ("strips: a lone anchor counts", "(log_sum[0] - of_positives).where(valid, 0), valid", "(log_sum[0] - of_positives), valid"),
-    ("max_margin: a lone anchor counts", "p.any(1)\n    return _reduce(loss.where(valid, 0), valid, reduction)\n\n# ", "p.any(1)\n    return _reduce(loss, valid, reduction)\n\n# "),
+    ("max_margin: a lone anchor counts", "# Hadsell\n    valid = p.any(1)\n    return _reduce(loss.where(valid, 0)", "# Hadsell\n    valid = p.any(1)\n    return _reduce(loss"),
     ("an anchor without negatives counts", "w = w & n.any(1, keepdim=True) if", "w = w if"),
     ("tau missing where it is a number", "else float(tau)) ** -0.5", "else 1.0) ** -0.5"),
     ("strips: self in A(i)", "None if own is None else own + i - J.start", "None"),
