@@ -411,6 +411,14 @@ def test_probabilities_with_tiny_overlaps_count_in_strips_too():
         assert losses.supcon_against(z, alone, z, peaked).item() > 1
 
 
+def test_rows_of_probabilities_apart_have_no_positive_whatever_rounding_leaves_of_the_sums():
+    y = torch.block_diag(*torch.rand(20, 1, 7, generator=torch.Generator().manual_seed(0), dtype=torch.double))
+    for dtype in (torch.float64, torch.float32):
+        with strips_of(7):
+            for loss in (losses.supcon_out, losses.supcon_in):
+                assert not loss(rows_of(20, 1, 4).to(dtype), y.to(dtype), reduction="none").any()
+
+
 @forms
 @pytest.mark.parametrize("loss", [losses.supcon_out, losses.supcon_in])
 def test_a_probability_that_is_not_a_number_is_not_hidden(loss, form):
