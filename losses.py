@@ -21,7 +21,6 @@ float16 that underflows for large N: use a gradient scaler). tau may be a tensor
 class probabilities get none. What is made of scores has no second derivative: create_graph=True raises RuntimeError.
 Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
 """
-import contextlib
 import math
 import threading
 
@@ -463,10 +462,11 @@ def _exact_op(schema, fake):
         def exact(a, *rest):
             if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (a, *rest)):
                 raise RuntimeError("the losses have no second derivative: differentiate them without create_graph=True")
-            device, unchanged = a.device.type, contextlib.nullcontext()
-            autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else unchanged
-            with IEEE[a.is_cuda], autocast:
-                return f(a, *rest)
+            with IEEE[a.is_cuda]:
+                if not torch.is_autocast_enabled(a.device.type):
+                    return f(a, *rest)
+                with torch.autocast(a.device.type, enabled=False):
+                    return f(a, *rest)
 
         name = f"supcon_{__name__.replace('.', '_')}::{f.__name__}"  # another copy of this file has ops of its own
         unsafe = (torch.Tag.cudagraph_unsafe,)  # strips look at the size of the scores
@@ -596,7 +596,7 @@ def _log_sums_grad(a, b, y_a, y_b, own, variant, g, log_sum, kept, of_b):
     """[the gradient in a, and in b if of_b], from g, that in log_sum: dL/ds_ij = g_i 2^(s_ij - log_sum_i)."""
     mild = _is_mild(a, b, y_a, variant)
     rows = a if b is None else b
-    log_sum = log_sum.masked_fill(g == 0, torch.inf)  # it is -inf or far below for an anchor left out; 0 * inf is nan
+    log_sum = log_sum.masked_fill(g == 0, torch.inf)  # it is -inf for an anchor left out, and -inf - -inf is nan
     c = g * torch.exp2(-log_sum) if mild else g
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
     room_of_G, room = a.new_empty(0), a.new_empty(0)

@@ -53,7 +53,7 @@ MISTAKES = [
     ("strips: kept strips are changed", "softmax = part  #", "softmax = part.mul_(2) / 2  #"),
     ("strips: no maximum at large scores", "bool(longest < 60)", "bool(longest < 60**9)"),
     ("strips: a maximum of the first column", "top = s.amax(axis, keepdim=True)", "top = s.narrow(axis, 0, 1)"),
-    ("strips: an anchor that is left out weighs", "masked_fill(g == 0, torch.inf)", "masked_fill(log_sum == -torch.inf, torch.inf)"),
+    ("strips: an anchor that is left out weighs", "log_sum.masked_fill(g == 0, torch.inf)", "log_sum.clone()"),
     ("strips: L_in over A(i) twice", "s.where(w, 0 if mild else -torch.inf) if", "s if"),
     ("strips: nan is a class", "numbers = F.pad((y[1:] != y[:-1])", "numbers = F.pad(((y[1:] != y[:-1]) & y[1:].isfinite())"),
     ("triplet: an absent negative is near", "d.masked_fill(~n, torch.inf)", "d.masked_fill(~n, 0)"),
@@ -63,7 +63,7 @@ MISTAKES = [
     ("strips: which side wants a gradient", "elif of_b:", "elif False:"),
     ("strips: another set's gradient", "grads[1].addmm_(G.T, a[I])", "grads[1].addmm_(G.T, -a[I])"),
     ("the precision of another thread lowered", "if self.inside == 0 and self.found not in", "if self.found not in"),
-    ("the precision's switch not locked", "threading.Lock()", "contextlib.nullcontext()"),
+    ("the precision's switch not locked", "threading.Lock()", "__import__('contextlib').nullcontext()"),
     ("the precision left behind", "if self.backend.fp32_precision != self.found:", "if False:"),
 ]
 
