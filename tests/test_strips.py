@@ -559,7 +559,9 @@ def test_threads_that_overlap_anyhow_lose_no_setting():
     def work():
         for _ in range(100):
             with ieee:
+                time.sleep(1e-5)
                 seen.append(backend.value)
+            time.sleep(1e-5 * len(seen) % 4e-5)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
