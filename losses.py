@@ -6,22 +6,23 @@
     loss = supcon_out(z, labels.repeat(2), tau=0.1)                   # a scalar: the mean over the anchors
     loss.backward()
 
-Notation, as in the paper (Khosla et al. 2020, arXiv 2004.11362v5, cited as "A"; Wang & Liu 2021, arXiv
-2012.09740, as "B"). n images with V views make N = nV rows z_i of D numbers, view 0 of every image first:
+Notation, as in the paper (Khosla et al. 2020, arXiv 2004.11362v5, cited as "A"; Wang & Liu 2021, arXiv 2012.09740,
+as "B"). n images with V views make N = nV rows z_i of D numbers, view 0 of every image first:
 
     s_ij = z_i . z_j      A(i) = all rows but i      P(i) = rows of A(i) with the label of i      N(i) = the rest
 
-A loss is the mean over the anchors i that have a positive; the others are left out of mean and gradient alike,
-and a batch without any gives 0. Nothing is scaled by a hidden factor and nothing is normalised: the functions
-are the equations. reduction="none" returns one value per row, 0 for a row that is left out.
+L_out is a cross-entropy: between the target 1/|P(i)| on P(i) and the softmax of s_ia/tau over A(i).
+A loss is the mean over the anchors i that have a positive; the others are left out of mean and gradient alike, and a
+batch without any gives 0. Nothing is scaled by a hidden factor and nothing is normalised: the functions are the
+equations. reduction="none" returns one value per row, 0 for a row that is left out.
 
-Scores are float32 or wider, without autocast and TF32; a half or bfloat16 z gets its gradient in its own type
-(in float16 that underflows for large N: use a gradient scaler). tau may be a tensor and then gets its gradient;
-labels and class probabilities get none. What is made of scores has no second derivative: create_graph=True raises.
+Scores are float32 or wider, without autocast and TF32; a half or bfloat16 z gets its gradient in its own type (in
+float16 that underflows for large N: use a gradient scaler). tau may be a tensor and then gets its gradient; labels and
+class probabilities get none. What is made of scores has no second derivative: create_graph=True raises RuntimeError.
 Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
 """
-
 import math
+import threading
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 ABSENT = torch.finfo(torch.float32).min  # a score that weighs nothing beside others; 0 times -inf would be nan
+MATRIX = 512  # up to MATRIX x MATRIX scores are held as a matrix; for more, see the end of the file
 
 # ---------------------------------------------------------------- the supervised contrastive loss
 
-
-def supcon_out(z, y, tau=0.1, *, denominator="all", positives_cap=None, views=2, reduction="mean"):
+def supcon_out(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: str = "all",
+               positives_cap: int | None = None, views: int = 2, reduction: str = "mean") -> Tensor:
     """L_out, the paper's loss (A eq. 2): mean_i -1/|P(i)| sum_{p in P(i)} log( exp(s_ip/tau) / D_ip ).
 
     z (N, D) features, taken as given; y (N,) labels, or (N, C > 1) class probabilities, which weigh a pair by
@@ -42,23 +44,21 @@ def supcon_out(z, y, tau=0.1, *, denominator="all", positives_cap=None, views=2,
       "all"           P(i) and N(i), that is A(i): the paper; large batches hold no N x N matrix
       "one_positive"  p and N(i)
       "negatives"     N(i); an anchor without negatives is left out
-    positives_cap keeps, beside the anchor's own other `views`, at most that many positives (lowest batch index
-    first, evenly over the views); the dropped ones leave the denominator too (A sec. 11).
-    Returns a scalar, or (N,) values. Raises ValueError for shapes and options that do not fit.
+    positives_cap keeps, beside the anchor's own other `views`, at most that many positives (lowest batch index first,
+    evenly over the views); the dropped ones leave the denominator too (A sec. 11). Returns a scalar, or (N,) values.
     """
     return _reduce(*_supcon("out", z, y, tau, denominator, positives_cap, views), reduction)
 
-
-def supcon_in(z, y, tau=0.1, *, denominator="all", positives_cap=None, views=2, reduction="mean"):
+def supcon_in(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: str = "all",
+              positives_cap: int | None = None, views: int = 2, reduction: str = "mean") -> Tensor:
     """L_in (A eq. 3): mean_i -log( 1/|P(i)| sum_{p in P(i)} exp(s_ip/tau) / D_ip ). Arguments as supcon_out.
 
-    Never above L_out (Jensen), equal where all positives of an anchor tie; its gradient pulls the nearest
+    It is never above L_out (Jensen), and equal where all positives of an anchor tie. Its gradient pulls the nearest
     positives alone, and the paper measures it 11 points worse.
     """
     return _reduce(*_supcon("in", z, y, tau, denominator, positives_cap, views), reduction)
 
-
-def nt_xent(z, tau=0.5, *, views=2, reduction="mean"):
+def nt_xent(z: Tensor, tau: float | Tensor = 0.5, *, views: int = 2, reduction: str = "mean") -> Tensor:
     """SimCLR's NT-Xent, L_self (A eq. 1): L_out where only the other views of an image are its positives."""
     return supcon_out(z, _image_index(z, views), tau, reduction=reduction)
 
@@ -67,56 +67,37 @@ def _supcon(variant, z, y, tau, denominator, positives_cap, views):
     _check(z, y, soft=True)
     _check_word("denominator", denominator, ("all", "one_positive", "negatives"))
     if denominator == "all" and positives_cap is None:
-        return _anchors(variant, z, y, tau)
+        return _from_rows(variant, z, y, tau)
     _require(y.ndim == 1, "class probabilities y (N, C) go with denominator='all' and no positives_cap alone")
     p, n = _positives_negatives(z, y)
     if positives_cap is not None:
-        image = _image_index(z, views)
-        fits = positives_cap >= 0 and positives_cap % views == 0
-        _require(fits, "positives_cap must be a multiple of views = {} and not negative, got {}", views, positives_cap)
-        others = (p & (image[:, None] != image)).unflatten(1, (views, -1))  # (N, V, n): each view, in batch order
-        p = p & (image[:, None] == image) | (others & (others.cumsum(2) <= positives_cap // views)).flatten(1)
-    return _dense(variant, _scores(z, tau).masked_fill(~(p | n), ABSENT), p, denominator)
+        p = _cap_positives(p, _image_index(z, views), positives_cap, views)
+    s = _scores(z, tau).masked_fill(~(p | n), ABSENT)
+    return _from_scores(variant, s, p, denominator)
 
-def _dense(variant, s, w, denominator="all"):
+def _from_scores(variant, s, w, denominator="all"):
     """(L_i of every anchor, whether it counts), each (M,), from all scores s_ij/tau (M, N): the equations as they are.
 
-    w_ij >= 0 weighs j as a positive of i, 1 for one label and 0 for another. What A(i) does not hold is ABSENT in s.
+    w_ij >= 0 weighs j as a positive of i: 1 for one label, 0 for another. What A(i) does not hold is ABSENT in s.
     """
     if denominator == "all":
-        log_ratio = s.log_softmax(1)
+        log_P = s.log_softmax(1)  # log P_ij = s_ij/tau - log sum_{a in A(i)} exp(s_ia/tau): A eqs. 1 to 3
     else:
         n = (s > ABSENT) & ~w
-        log_n = s.masked_fill(~n, ABSENT).logsumexp(1, keepdim=True)
-        log_ratio = s - (log_n if denominator == "negatives" else torch.logaddexp(s, log_n))
+        log_N = s.masked_fill(~n, ABSENT).logsumexp(1, keepdim=True)  # log sum_{a in N(i)} exp(s_ia/tau)
+        log_P = s - (log_N if denominator == "negatives" else torch.logaddexp(s, log_N))
         w = w & n.any(1, keepdim=True) if denominator == "negatives" else w
-    labels, p, w = w.dtype == torch.bool, w.bool(), w.to(s.dtype)
-    weight = w.sum(1)  # |P(i)|
-    valid = weight != 0
-    weight = weight.where(valid, 1)
-    factor = w / -weight[:, None]  # -1/|P(i)| at the positives
+    labels = w.dtype == torch.bool
+    w = w.to(s.dtype)
+    total = w.sum(1)  # |P(i)|
+    valid = total != 0
+    total = total.where(valid, 1)
     if variant == "out":
-        return (factor * log_ratio).sum(1), valid
-    log_e = log_ratio if labels else log_ratio + w.where(p, 1).log()
-    log_X = log_e.where(p, ABSENT).log_softmax(1)  # X_ip of A eq. 5: log_e - log_X is the log of the sum, at every p
-    return (factor * (log_e - log_X - weight.log()[:, None])).sum(1), valid
-
-
-def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", reduction="mean"):
-    """L_out (or L_in, variant "in") of anchors against a contrast set of their own, a memory of rows for example.
-
-    z (M, D) anchors with labels y (M,); contrast (N, D) rows with y_contrast (N,); or class probabilities on both
-    sides. A(i) is the contrast set; where `own` is given its row own + i is anchor i itself and left out. Both
-    sides get gradients. Returns a scalar, or (M,) values.
-    """
-    _check_word("variant", variant, ("out", "in"))
-    _check(z, y, soft=True)
-    _check_contrast(z, y, contrast, y_contrast)
-    last = len(contrast) - len(z)
-    fits = own is None or isinstance(own, int) and 0 <= own <= last
-    _require(fits, "own must be a whole number in 0 ... {}, got {}", last, own)
-    return _reduce(*_anchors(variant, z, y, tau, contrast, y_contrast, own), reduction)
-
+        return (w * log_P).sum(1) / -total, valid  # A eq. 2, and A eq. 1 where |P(i)| = 1
+    p = w.bool()
+    log_P = log_P if labels else log_P + w.where(p, 1).log()
+    log_X = log_P.where(p, ABSENT).log_softmax(1)  # X_ip of A eq. 5; log P_ip - log X_ip = log sum_P P_ip, for every p
+    return (w * (log_P - log_X)).sum(1) / -total + total.log(), valid  # A eq. 3
 
 class SupConLoss(nn.Module):
     """Drop-in for the reference PyTorch code's SupConLoss: same arguments, same value on unit rows.
@@ -126,13 +107,14 @@ class SupConLoss(nn.Module):
     neither, which is NT-Xent. contrast_mode "one" takes view 0 alone as anchors. The value is multiplied by
     temperature/base_temperature, as the reference does; base_temperature=None turns that off. variant "in" is L_in.
 
-    It parts from the reference where that is wrong or nan: anchors without a positive leave the mean (the
-    reference divides by them as well), small temperatures are exact (it underflows), and rows are L2-normalised
-    here (normalize=False turns that off), so the gradient with respect to unit leaf rows is the tangential part;
-    parameters of a model that normalises already see no difference. (Of a zero row, F.normalize's gradient is huge.)
+    It parts from the reference where that is wrong or nan: anchors without a positive leave the mean (the reference
+    divides by them as well); small temperatures do not underflow; and rows are L2-normalised here (normalize=False
+    turns that off), so the gradient with respect to unit leaf rows is the tangential part; parameters of a model that
+    normalises already see no difference. (Of a zero row, F.normalize's gradient is huge.)
     """
 
-    def __init__(self, temperature=0.07, contrast_mode="all", base_temperature=0.07, *, variant="out", normalize=True):
+    def __init__(self, temperature: float | Tensor = 0.07, contrast_mode: str = "all",
+                 base_temperature: float | None = 0.07, *, variant: str = "out", normalize: bool = True) -> None:
         super().__init__()
         _check_word("contrast_mode", contrast_mode, ("all", "one"))
         _check_word("variant", variant, ("out", "in"))
@@ -141,7 +123,7 @@ class SupConLoss(nn.Module):
         self.temperature, self.base_temperature = temperature, base_temperature
         self.contrast_mode, self.variant, self.normalize = contrast_mode, variant, normalize
 
-    def forward(self, features, labels=None, mask=None):
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         _require(features.ndim > 2, "features must be (B, V, ...), got {}", features)
         _require(labels is None or mask is None, "give labels or mask, not both")
         B, V = features.shape[:2]
@@ -150,195 +132,61 @@ class SupConLoss(nn.Module):
         M = B if self.contrast_mode == "one" else V * B  # the anchors come first in z
         if mask is not None:
             _require(mask.shape == (B, B), "mask must be ({0}, {0}), got {1}", B, mask)
-            s = _scores(z, self.temperature, own=0)
-            terms = _dense(self.variant, s[:M], _fill(mask.detach().to(s).repeat(V, V), 0, 0)[:M])
+            w = _fill(mask.detach().to(z).repeat(V, V), 0, 0)
+            loss, valid = _from_scores(self.variant, _scores(z, self.temperature, own=0)[:M], w[:M])
         else:
             y = torch.arange(B, device=z.device) if labels is None else labels.reshape(-1).to(z.device)
             _require(len(y) == B, "labels must be ({},) for features {}, got {}", B, features, y)
             y = y.repeat(V)
-            terms = _anchors(self.variant, z[:M], y[:M], self.temperature, *(() if M == len(z) else (z, y)))
+            contrast = () if M == len(z) else (z, y)
+            loss, valid = _from_rows(self.variant, z[:M], y[:M], self.temperature, *contrast)
         factor = 1 if self.base_temperature is None else self.temperature / self.base_temperature
-        return factor * _reduce(*terms, "mean")
+        return factor * _reduce(loss, valid, "mean")
 
+def supcon_against(z: Tensor, y: Tensor, contrast: Tensor, y_contrast: Tensor, tau: float | Tensor = 0.1, *,
+                   own: int | None = None, variant: str = "out", reduction: str = "mean") -> Tensor:
+    """L_out (or L_in, variant "in") of anchors against a contrast set of their own, a memory of rows for example.
 
-# ---------------------------------------------------------------- the same losses in tiles, without an N x N matrix
-#
-#   L_out,i = lse_{a in A(i)} s_ia/tau  -  mean_{p in P(i)} s_ip/tau
-#   L_in,i  = lse_{a in A(i)} s_ia/tau  -  lse_{p in P(i)} s_ip/tau  +  log |P(i)|
-#
-# lse, the log of the sum of exp, goes over tiles of the scores, and its backward computes each tile again. The mean
-# needs no scores: it is z_i . c_i / tau, c_i the mean of the rows P(i), from the sums of the classes. Where the
-# anchors are the contrast set, s_ij = s_ji: a tile above the diagonal serves its rows and, as a mirror, its columns.
+    z (M, D) anchors with labels y (M,); contrast (N, D) rows with y_contrast (N,); or class probabilities on both
+    sides. A(i) is the contrast set; where `own` is given its row own + i is anchor i itself and left out. Both
+    sides get gradients. Returns a scalar, or (M,) values.
+    """
+    _check(z, y, soft=True)
+    _check_contrast(z, y, contrast, y_contrast)
+    last = len(contrast) - len(z)
+    fits = own is None or isinstance(own, int) and 0 <= own <= last
+    _require(fits, "own must be a whole number in 0 ... {}, got {}", last, own)
+    return _reduce(*_from_rows(variant, z, y, tau, contrast, y_contrast, own), reduction)
 
-TILE = 512  # rows and columns of scores in memory at a time, eight times that on an accelerator
-DENSE = 512  # up to DENSE x DENSE scores take the dense form, which is faster there
-
-def _anchors(variant, a, y_a, tau, b=None, y_b=None, own=0):
-    """As _dense, for anchors a against b, or themselves without b. Row own + i of b is anchor i; own None: none is."""
-    a = _over_root(a, tau)
-    b, y_b = (None, y_a) if b is None else (_over_root(b, tau).to(a.dtype), y_b)
+def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0):
+    """As _from_scores, for anchors a against b, or themselves without b. Row own + i of b, if own is given, is i."""
+    _check_word("variant", variant, ("out", "in"))
+    a = _divide_by_root_tau(a, tau)
+    if b is None:
+        y_b = y_a
+    else:
+        b = _divide_by_root_tau(b, tau).to(a.dtype)
     if y_a.ndim == 2:
         y_a, y_b = y_a.detach().to(a.dtype), y_b.detach().to(a.dtype)
-    if len(y_a) * len(y_b) <= DENSE**2:
-        return _dense(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0))
-    y_a, y_b = y_a.clone(), y_b.clone()  # a memory may move on before the backward
-    lse, sums, weight = _Reductions.apply(a, b, y_a, y_b, own, variant)
-    valid = weight != 0
-    weight = weight.where(valid, 1)
-    loss = lse[0] - (a * sums).sum(1) / weight if variant == "out" else lse[0] - lse[1] + weight.log()
-    return loss.where(valid, 0), valid
-
-def _tiles(a, b, y_a, y_b, own, variant):
-    """Yields (I, J, both, mild, [scores]): blocks of anchors and of the contrast set, their s_ij, -inf for j = own + i.
-
-    For L_in the scores of P(i) follow, weighed by w_ij, -inf for the rest. both: the tile, off the diagonal of a
-    mirror, stands for its transpose too. mild: |s_ij| < 40 by Cauchy and Schwarz, so exp can be added up without
-    taking a maximum off, and exp of the scores is given; not for probabilities without own rows, whose w_ij may vanish.
-    """
-    mirror, size = b is None, TILE if a.device.type == "cpu" else 8 * TILE
-    b = a if mirror else b
-    longest = a.norm(dim=1).amax() * b.norm(dim=1).amax()  # a set without rows takes the dense form
-    mild = (own is not None or variant == "out" or y_a.ndim == 1) and bool(longest < 40)
-    for i in range(0, len(a), size):
-        I = slice(i, i + size)
-        a_I = a[I] / math.log(2) if mild else a[I]  # exp2(s/log 2) is exp(s), and several times as fast on a CPU
-        for j in range(i if mirror else 0, len(b), size):
-            J = slice(j, j + size)
-            s = _fill(a_I @ b[J].T, None if own is None else own + i - j, -torch.inf)
-            scores = [s.exp2_() if mild else s]
-            if variant == "in":
-                w = _weights(y_a[I], y_b[J])
-                scores += [s * w if mild else s + w.log()]
-            yield I, J, mirror and i < j, mild, scores
-
-def _leaf(schema, fake):
-    """Runs a function of tensors without autocast, TF32 and bfloat16 products, whatever the surroundings say (the last
-    two for the whole process meanwhile), as one node of a compiled graph, where tiles would unroll (fake makes its
-    results' shapes), and without a derivative."""
-
-    def wrap(f):
-        def exact(a, *rest):
-            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (a, *rest)):
-                raise RuntimeError("the losses have no second derivative: differentiate them without create_graph=True")
-            backend = (torch.backends.cuda if a.is_cuda else torch.backends.mkldnn).matmul
-            precision = backend.fp32_precision
-            if precision in ("ieee", "none") and not torch.is_autocast_enabled(a.device.type):
-                return f(a, *rest)
-            try:
-                backend.fp32_precision = "ieee"
-                with torch.autocast(a.device.type, enabled=False):
-                    return f(a, *rest)
-            finally:
-                backend.fp32_precision = "none"  # what it inherits, which may have been its value
-                if backend.fp32_precision != precision:
-                    backend.fp32_precision = precision
-
-        name = f"supcon_{__name__.replace('.', '_')}::{f.__name__}"  # another copy of this file has ops of its own
-        unsafe = torch.Tag.cudagraph_unsafe  # tiles look at the size of the scores
-        op = torch.library.custom_op(name, exact, mutates_args=(), schema=schema, tags=(unsafe,))
-        op.register_fake(fake)
-        return lambda *args: (op if torch.compiler.is_compiling() else exact)(*args)
-
-    return wrap
-
-@_leaf("(Tensor a, Tensor b) -> Tensor", lambda a, b: a.new_empty(len(a), b.shape[1]))
-def _product(a, b):
-    return a @ b
-
-SETS = "Tensor a, Tensor? b, Tensor y_a, Tensor y_b, SymInt? own, str variant"  # anchors, contrast set, labels of both
-
-def _shapes(a, b, y_a, y_b, own, variant):
-    M, D = a.shape
-    return [a.new_empty(1 + (variant == "in"), M), a.new_empty(M, D * (variant == "out")), a.new_empty(M)]
-
-@_leaf(f"({SETS}) -> Tensor[]", _shapes)
-def _reductions(a, b, y_a, y_b, own, variant):
-    """What L_i is made of: log sum_j exp(s_ij) over A(i), for L_in over P(i) as well (1 or 2, M), -inf where there is
-    none; sum_j w_ij b_j over P(i), for L_out (M, D); and sum_j w_ij (M,)."""
-    rows = a if b is None else b
-    sums, weight = _positive_sums(rows if variant == "out" else rows[:, :0], y_a, y_b, own)
-    lse = a.new_full((1 + (variant == "in"), len(a)), -torch.inf)
-    for I, J, both, mild, scores in _tiles(a, b, y_a, y_b, own, variant):
-        for lse_k, s in zip(lse, scores):
-            for K, axis in ((I, 1), (J, 0)) if both else ((I, 1),):
-                lse_k[K] = torch.logaddexp(lse_k[K], s.sum(axis).log() if mild else s.logsumexp(axis))
-    return [lse, sums, weight]
-
-@_leaf(
-    f"({SETS}, Tensor lse, Tensor g, Tensor g_sums, bool of_b) -> Tensor[]",
-    lambda a, b, *rest: [torch.empty_like(x) for x in (a, b)[: 1 + rest[-1]]],
-)
-def _reductions_grad(a, b, y_a, y_b, own, variant, lse, g, g_sums, of_b):
-    """The gradients in a and, if of_b, in b, from those of the lse, g, and of the sums, g_sums."""
-    lse = lse.masked_fill(g == 0, torch.inf)  # -inf or far below where an anchor is left out, and 0 * inf is nan
-    c = g * (-lse).exp()
-    grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
-    for I, J, both, mild, scores in _tiles(a, b, y_a, y_b, own, variant):
-        for k, s in enumerate(scores):  # both: s_ij = s_ji, so g_i softmax_i(s)_j and g_j softmax_j(s)_i at once
-            if mild:
-                part = s.mul_(c[k, I, None] + c[k, J] if both else c[k, I, None])
-            else:
-                part = (s - lse[k, I, None]).exp_().mul_(g[k, I, None])
-                part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if both else part
-            w = part if k == 0 else w.add_(part)
-        grads[0][I].addmm_(w, (a if b is None else b)[J])
-        if b is None or of_b:
-            grads[-1][J].addmm_(w.T, a[I])
-    if variant == "out" and (b is None or of_b):
-        grads[-1] += _positive_sums(g_sums, y_b, y_a, None if own is None else -own)[0]
-    return grads
-
-def _positive_sums(rows, y_a, y_b, own):
-    """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums of the classes, less the pair (i, own + i)."""
-    wide = torch.float32 if rows.device.type == "mps" else torch.float64  # thousands of rows are added up
-    rows_1 = F.pad(rows, (0, 1), value=1).to(wide)
-    if y_a.ndim == 2:
-        y_a, y_b = y_a.to(wide), y_b.to(wide)
-        sums = y_a @ (y_b.T @ rows_1)
-    else:
-        labels = torch.cat([y if y.is_floating_point() else y.long() for y in (y_a, y_b)])
-        classes, index = labels.unique(return_inverse=True)
-        mine, theirs = index.split([len(y_a), len(y_b)])
-        sums = rows_1.new_zeros(len(classes), rows_1.shape[1]).index_add_(0, theirs, rows_1)[mine]
-    if own is not None:
-        first, last = max(-own, 0), min(len(y_a), len(y_b) - own)
-        y_a, y_b = y_a[first:last], y_b[first + own : last + own]
-        itself = (y_a * y_b if y_a.ndim == 2 else y_a[:, None] == y_b[:, None]).sum(1, keepdim=True).to(wide)
-        others = sums[first:last].addcmul_(itself, rows_1[first + own : last + own], value=-1)[:, -1:]
-        others.masked_fill_(others <= (1e-6 if wide == torch.float32 else 1e-12) * itself, 0)  # what rounding leaves
-    return [x.to(rows.dtype, copy=True) for x in (sums[:, :-1], sums[:, -1])]
-
-class _Reductions(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, ctx.own, ctx.variant = inputs
-        lse, sums, weight = _reductions(*inputs)
-        ctx.save_for_backward(*tensors, lse)
-        ctx.mark_non_differentiable(weight)
-        return lse, sums, weight
-
-    @staticmethod
-    def backward(ctx, g, g_sums, _):
-        *tensors, lse = ctx.saved_tensors
-        grads = _reductions_grad(*tensors, ctx.own, ctx.variant, lse, g, g_sums, ctx.needs_input_grad[1])
-        return *grads, *[None] * (6 - len(grads))
-
+    if len(y_a) * len(y_b) > MATRIX**2:
+        return _from_strips(variant, a, b, y_a, y_b, own)
+    return _from_scores(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0))
 
 # ---------------------------------------------------------------- what came before: pairs, triplets, N-pairs
 
-
-def n_pair(anchor, positive, *, reduction="mean"):
+def n_pair(anchor: Tensor, positive: Tensor, *, reduction: str = "mean") -> Tensor:
     """Sohn's N-pair loss (2016): mean_i log( 1 + sum_{j != i} exp(f_i . f_j+ - f_i . f_i+) ), raw features.
 
-    anchor, positive (M, D): row i of both shows two images of one class, another class in each row.
+    anchor, positive (M, D): row i of both shows two images of one class, another class in each row. It is L_out of
+    the anchors against the positives, at tau = 1.
     """
     _check(anchor)
     _require(positive.shape == anchor.shape, "positive must be {} like anchor, got {}", anchor, positive)
     pair = torch.arange(len(anchor), device=anchor.device)
-    return _reduce(*_anchors("out", anchor, pair, 1.0, positive, pair, None), reduction)
+    return _reduce(*_from_rows("out", anchor, pair, 1.0, positive, pair, None), reduction)  # Sohn
 
-
-def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"):
+def triplet(z: Tensor, y: Tensor, margin: float = 0.2, *, mining: str = "semihard", soft: bool = False,
+            reduction: str = "mean") -> Tensor:
     """Triplet loss on squared distances d (FaceNet 2015): [d_ap - d_an + margin]_+, the mean over a's triplets.
 
     mining  "all"       every positive with every negative
@@ -351,26 +199,27 @@ def triplet(z, y, margin=0.2, *, mining="semihard", soft=False, reduction="mean"
     P, N = p.sum(1), n.sum(1)
     d = _squared_distances(z)
     d_p, d_n = d.masked_fill(~p, -torch.inf), d.masked_fill(~n, torch.inf)  # what is absent has a hinge of 0
-
-    def hinges(d_p, d_n):
-        u = d_p - d_n + margin
-        return (torch.logaddexp(u, torch.zeros_like(u)) if soft else F.relu(u)).sum(1)  # F.softplus turns linear
-
     if len(z) == 0:
         loss = z.sum(1)
     elif mining == "hard":
-        loss = hinges(d_p.amax(1, keepdim=True), d_n.amin(1, keepdim=True))
+        loss = _hinges(d_p.amax(1, keepdim=True), d_n.amin(1, keepdim=True), margin, soft)
     elif mining == "semihard":
         d_n = d_n.sort(1).values
         beyond = torch.searchsorted(d_n.detach(), d.detach().contiguous(), right=True)
-        loss = hinges(d_p, d_n.gather(1, torch.minimum(beyond, N[:, None] - 1).clamp(min=0))) / P.clamp(min=1)
+        d_n = d_n.gather(1, torch.minimum(beyond, N[:, None] - 1).clamp(min=0))
+        loss = _hinges(d_p, d_n, margin, soft) / P.clamp(min=1)
     else:  # one positive of every anchor at a time, the farthest first: N^2 numbers in memory, not N^3
         columns = d_p.sort(1, descending=True).values[:, : max(1, P.max())].split(1, dim=1)
-        loss = sum(checkpoint(hinges, d_k, d_n, use_reentrant=False) for d_k in columns) / (P * N).clamp(min=1)
+        hinges = sum(checkpoint(_hinges, d_k, d_n, margin, soft, use_reentrant=False) for d_k in columns)
+        loss = hinges / (P * N).clamp(min=1)
     return _reduce(loss, P * N > 0, reduction)
 
+def _hinges(d_p, d_n, margin, soft):
+    """The sum over the triplets of each row."""
+    u = d_p - d_n + margin
+    return (torch.logaddexp(u, torch.zeros_like(u)) if soft else F.relu(u)).sum(1)  # F.softplus turns linear
 
-def max_margin(z, y, margin=1.0, *, reduction="mean"):
+def max_margin(z: Tensor, y: Tensor, margin: float = 1.0, *, reduction: str = "mean") -> Tensor:
     """Hadsell's pair loss (2006): the mean over A(i) of D^2/2 for a positive, [margin - D]_+^2/2 for a negative.
 
     D is the Euclidean distance. Not the "max-margin" rows of the paper's tables: those are L-Softmax.
@@ -379,38 +228,37 @@ def max_margin(z, y, margin=1.0, *, reduction="mean"):
     z = _widen(z)
     D = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")  # its gradient at D = 0 is 0
     pair = torch.where(p, D.square() / 2, 0) + torch.where(n, F.relu(margin - D).square() / 2, 0)
-    loss, valid = pair.sum(1) / max(len(z) - 1, 1), p.any(1)
+    loss = pair.sum(1) / max(len(z) - 1, 1)  # Hadsell
+    valid = p.any(1)
     return _reduce(loss.where(valid, 0), valid, reduction)
-
 
 # ---------------------------------------------------------------- Wang & Liu: what the temperature does
 
-
-def hard_contrastive(z, tau, k, *, views=2, reduction="mean"):
+def hard_contrastive(z: Tensor, tau: float | Tensor, k: int, *, views: int = 2, reduction: str = "mean") -> Tensor:
     """L_hard (B eq. 9): NT-Xent in which each anchor keeps only the k negatives nearest to it."""
     p, n = _positives_negatives(z, _image_index(z, views))
     s = _scores(z, tau)
-    return _reduce(*_dense("out", s.masked_fill(~(p | _nearest_negatives(s, n, k)), ABSENT), p), reduction)
+    s = s.masked_fill(~(p | _nearest_negatives(s, n, k)), ABSENT)  # B eq. 9
+    return _reduce(*_from_scores("out", s, p), reduction)
 
-
-def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
+def simple_contrastive(z: Tensor, lam: float, *, views: int = 2, k: int | None = None,
+                       reduction: str = "mean") -> Tensor:
     """L_simple (B eq. 3): -mean_{p in P(i)} s_ip + lam sum_{j in N(i)} s_ij; k keeps the k nearest negatives."""
     p, n = _positives_negatives(z, _image_index(z, views))
     s = _scores(z)
     n = n if k is None else _nearest_negatives(s, n, k)
-    valid, loss = p.any(1), lam * (n * s).sum(1) - (p * s).sum(1) / p.sum(1).clamp(min=1)
+    loss = lam * (n * s).sum(1) - (p * s).sum(1) / p.sum(1).clamp(min=1)  # B eq. 3
+    valid = p.any(1)
     return _reduce(loss.where(valid, 0), valid, reduction)
 
-
-def uniformity(z, t=2):
+def uniformity(z: Tensor, t: float = 2) -> Tensor:
     """Wang & Isola 2020 (B eq. 10): log of the mean over pairs i != j of exp(-t ||z_i - z_j||^2)."""
     _check(z)
-    N = len(z)
-    _require(N > 1, "uniformity needs a pair of rows, got {}", N)
-    return _fill(-t * _squared_distances(z), 0, -torch.inf).flatten().logsumexp(0) - math.log(N * (N - 1))
+    _require(len(z) > 1, "uniformity needs a pair of rows, got {}", len(z))
+    u = _fill(-t * _squared_distances(z), 0, -torch.inf)
+    return u.flatten().logsumexp(0) - math.log(len(z) * (len(z) - 1))  # B eq. 10
 
-
-def alignment(z, *, views=2):
+def alignment(z: Tensor, *, views: int = 2) -> Tensor:
     """Wang & Isola 2020: the mean over images and pairs of their views of ||z_i - z_p||^2."""
     _require(views > 1, "alignment needs views >= 2, got {}", views)
     _check(z, views=views)
@@ -419,17 +267,15 @@ def alignment(z, *, views=2):
     d = (v[first] - v[second]).square().sum(2)
     return d.sum() / max(d.numel(), 1)
 
-
-def tolerance(z, y):
+def tolerance(z: Tensor, y: Tensor) -> Tensor:
     """B eq. 11 over the pairs of one label: the mean of s_ij over all i != j with y_i = y_j; 0 if there is none."""
     p, _ = _positives_negatives(z, y)
-    return (p * _scores(z)).sum() / p.sum().clamp(min=1)
-
+    return (p * _scores(z)).sum() / p.sum().clamp(min=1)  # B eq. 11
 
 # ---------------------------------------------------------------- across ranks
 
-
-def supcon_sharded(z, y, tau=0.1, *, queue=None, variant="out"):
+def supcon_sharded(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, queue: tuple[Tensor, Tensor] | None = None,
+                   variant: str = "out") -> Tensor:
     """L_out or L_in of the rows of all ranks. Each rank gives its own (n_r, D) rows and labels, and scores only these
     against everybody's: the value is the global one on every rank, and after DistributedDataParallel's averaging so
     is the gradient, for unequal and empty shards too.
@@ -437,18 +283,18 @@ def supcon_sharded(z, y, tau=0.1, *, queue=None, variant="out"):
     queue (features, labels), the same on every rank, joins the contrast set. For NT-Xent let y number the images of
     all ranks. Without a process group this is the loss of one process.
     """
-    _check_word("variant", variant, ("out", "in"))
     _check(z, y, soft=True)
     if queue is None and _world_size() == 1:
-        return _reduce(*_anchors(variant, z, y, tau), "mean")
-    (contrast, own), (y_contrast, _) = _gather(z), _gather(y)
+        return _reduce(*_from_rows(variant, z, y, tau), "mean")
+    contrast, own = _gather(z)
+    y_contrast, _ = _gather(y)
     if queue is not None:
         _check_contrast(z, y, *queue)
-        contrast, y_contrast = torch.cat([contrast, queue[0]]), torch.cat([y_contrast, queue[1]])
-    return global_mean(*_anchors(variant, z, y, tau, contrast, y_contrast, own))
+        contrast = torch.cat([contrast, queue[0]])
+        y_contrast = torch.cat([y_contrast, queue[1]])
+    return global_mean(*_from_rows(variant, z, y, tau, contrast, y_contrast, own))
 
-
-def global_mean(values, valid):
+def global_mean(values: Tensor, valid: Tensor) -> Tensor:
     """The mean over all ranks of the values (n_r,) that are valid, on every rank; 0 if none is.
 
     Exact under DistributedDataParallel's averaging where shards are unequal and a mean of local means is not: what
@@ -456,11 +302,10 @@ def global_mean(values, valid):
     """
     fits = valid.shape == values.shape and valid.dtype == torch.bool
     _require(fits, "valid must be boolean {}, got {} {}", values, valid.dtype, valid)
-    total, count = torch.where(valid, _widen(values), 0).sum(), valid.sum()
-    return _AllReduce.apply(total) / _AllReduce.apply(count).clamp(min=1)
+    total = torch.where(valid, _widen(values), 0).sum()
+    return _AllReduce.apply(total) / _AllReduce.apply(valid.sum()).clamp(min=1)
 
-
-def all_gather_rows(z):
+def all_gather_rows(z: Tensor) -> Tensor:
     """The rows (n_r, ...) of every rank r, features or labels, in the order of the ranks, with gradients.
 
     A loss of all gathered rows, computed alike on every rank, has the global value and, after DistributedDataParallel's
@@ -472,7 +317,8 @@ def _gather(z):
     """The rows of all ranks, and how many of them come before this rank's."""
     if _world_size() == 1:
         return z, 0
-    z, rank = z if z.is_floating_point() else z.long(), dist.get_rank()  # what every backend can add up
+    z = z if z.is_floating_point() else z.long()  # what every backend can add up
+    rank = dist.get_rank()
     rows = _AllReduce.apply(F.one_hot(torch.tensor(rank, device=z.device), _world_size()) * len(z)).tolist()
     before, after = sum(rows[:rank]), sum(rows[rank + 1 :])
     return _AllReduce.apply(F.pad(z, (0, 0) * (z.ndim - 1) + (before, after))), before
@@ -494,68 +340,40 @@ class _AllReduce(torch.autograd.Function):
     def backward(ctx, g):
         return _AllReduce.apply(g)
 
-
-# ---------------------------------------------------------------- sets, scores and reductions
-
-class _Scores(torch.autograd.Function):
-    """a_i . b_j (M, N), ABSENT for j = own + i, in full precision both ways; no b: a_i . a_j."""
-
-    @staticmethod
-    def forward(ctx, a, b, own):
-        ctx.save_for_backward(a, b)
-        return _fill(_product(a, (a if b is None else b).T), own, ABSENT)
-
-    @staticmethod
-    def backward(ctx, g):
-        a, b = ctx.saved_tensors
-        if b is None:
-            return _product(g + g.T, a), None, None
-        return _product(g, b), _product(g.T, a) if ctx.needs_input_grad[1] else None, None
-
-def _scores(z, tau=1.0, own=None):
-    """s_ij/tau, (N, N), in float32 or wider."""
-    return _Scores.apply(_over_root(z, tau), None, own)
-
-def _squared_distances(z):
-    """||z_i - z_j||^2, (N, N), never below zero, and zero on the diagonal."""
-    z = _widen(z)
-    s = _scores(z - z.mean(0))  # of rows far from the origin the products would cancel
-    sq = s.diagonal()
-    return (sq[:, None] + sq - 2 * s).clamp(min=0)
-
-def _over_root(z, tau):
-    """z / sqrt(tau), whose products are s_ij/tau: so a tensor tau gets its gradient."""
-    _check_tau(tau)
-    z = _widen(z)
-    return z * (tau.to(z.dtype) if isinstance(tau, Tensor) else float(tau)) ** -0.5
-
-def _widen(z):
-    return z if z.dtype in (torch.float32, torch.float64) else z.float()
-
-def _fill(s, own, value):
-    """s (M, N) with `value` where j = own + i; nowhere if own is None."""
-    if own is not None:
-        s.diagonal(own).fill_(value)
-    return s
+# ---------------------------------------------------------------- sets, checks, means
 
 def _positives_negatives(z, y):
     """P(i) and N(i) as the rows of two boolean (N, N), for labels y (N,) that fit z."""
     _check(z, y)
     return _fill(y[:, None] == y, 0, False), y[:, None] != y
 
-def _weights(y, y_b):
-    """w_ij (M, N): whether the labels are one, or the inner product of the class probabilities."""
-    return y[:, None] == y_b if y.ndim == 1 else _product(y, y_b.T)
-
-def _image_index(z, views):
-    _check(z, views=views)
-    return torch.arange(len(z) // views, device=z.device).repeat(views)
+def _cap_positives(p, image, cap, views):
+    """P(i) cut to the other views of i's image and, of the first other images in the batch, at most `cap` rows."""
+    fits = cap >= 0 and cap % views == 0
+    _require(fits, "positives_cap must be a multiple of views = {} and not negative, got {}", views, cap)
+    same = image[:, None] == image
+    others = (p & ~same).unflatten(1, (views, -1))  # (N, V, n): each view, in batch order
+    return p & same | (others & (others.cumsum(2) <= cap // views)).flatten(1)
 
 def _nearest_negatives(s, n, k):
     """N(i) cut to the k rows of the largest s."""
     _require(k > 0, "k must be at least 1, got {}", k)
     top = s.detach().masked_fill(~n, -torch.inf).topk(min(k, len(s)), dim=1).indices
     return n & torch.zeros_like(n).scatter(1, top, True)
+
+def _image_index(z, views):
+    _check(z, views=views)
+    return torch.arange(len(z) // views, device=z.device).repeat(views)
+
+def _weights(y, y_b):
+    """w_ij (M, N): whether the labels are one, or the inner product of the class probabilities."""
+    return y[:, None] == y_b if y.ndim == 1 else _product(y, y_b.T)
+
+def _fill(s, own, value):
+    """s (M, N), now with `value` where j = own + i; nowhere if own is None."""
+    if own is not None:
+        s.diagonal(own).fill_(value)
+    return s
 
 def _reduce(loss, valid, reduction):
     """The mean over the valid rows, 0 if there is none; or every row's value. The loss of the others is 0 already."""
@@ -572,8 +390,8 @@ def _check(z, y=None, views=1, soft=False):
 
 def _check_contrast(z, y, contrast, y_contrast):
     _check(contrast, y_contrast, soft=True)
-    kinds = y.is_floating_point(), y_contrast.is_floating_point()
-    fits = contrast.shape[1] == z.shape[1] and y_contrast.shape[1:] == y.shape[1:] and kinds[0] == kinds[1]
+    fits = contrast.shape[1] == z.shape[1] and y_contrast.shape[1:] == y.shape[1:]
+    fits = fits and y.is_floating_point() == y_contrast.is_floating_point()
     labels = y_contrast.dtype, y_contrast, y.dtype, y
     _require(fits, "contrast {} does not go with z {}, or labels {} {} with {} {}", contrast, z, *labels)
 
@@ -588,3 +406,250 @@ def _require(condition, message, *values):
     """Raises ValueError with the message, in which a tensor stands as its shape."""
     if not condition:
         raise ValueError(message.format(*(tuple(v.shape) if isinstance(v, Tensor) else v for v in values)))
+
+# ---------------------------------------------------------------- scores in full precision
+
+def _scores(z, tau=1.0, own=None):
+    """s_ij/tau, (N, N), in float32 or wider."""
+    return _Scores.apply(_divide_by_root_tau(z, tau), None, own)
+
+def _squared_distances(z):
+    """||z_i - z_j||^2, (N, N), never below zero, and zero on the diagonal."""
+    z = _widen(z)
+    s = _scores(z - z.mean(0))  # of rows far from the origin the products would cancel
+    sq = s.diagonal()
+    return (sq[:, None] + sq - 2 * s).clamp(min=0)
+
+def _divide_by_root_tau(z, tau):
+    """z / sqrt(tau), whose products are s_ij/tau: so a tensor tau gets its gradient."""
+    _check_tau(tau)
+    z = _widen(z)
+    return z * (tau.to(z.dtype) if isinstance(tau, Tensor) else float(tau)) ** -0.5
+
+def _widen(z):
+    return z if z.dtype in (torch.float32, torch.float64) else z.float()
+
+class _Ieee:
+    """While a thread is inside, a backend's float32 products are exact, without TF32 and bfloat16. That is one switch
+    for the whole process: the first thread in turns it, the last one out turns it back."""
+
+    def __init__(self, backend):
+        self.backend, self.lock, self.inside, self.found = backend, threading.Lock(), 0, None
+
+    def __enter__(self):
+        with self.lock:
+            if self.inside == 0:
+                self.found = self.backend.fp32_precision
+                if self.found not in ("ieee", "none"):
+                    self.backend.fp32_precision = "ieee"
+            self.inside += 1
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0 and self.found not in ("ieee", "none"):
+                self.backend.fp32_precision = "none"  # what it inherits, which may have been its value
+                if self.backend.fp32_precision != self.found:
+                    self.backend.fp32_precision = self.found
+
+IEEE = {True: _Ieee(torch.backends.cuda.matmul), False: _Ieee(torch.backends.mkldnn.matmul)}  # on a GPU, elsewhere
+
+def _exact_op(schema, fake):
+    """Runs a function of tensors in full precision, without autocast, whatever the surroundings say, and without a
+    derivative. In a compiled graph, where a loop would unroll, it is one node whose results' shapes `fake` makes."""
+
+    def wrap(f):
+        def exact(a, *rest):
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (a, *rest)):
+                raise RuntimeError("the losses have no second derivative: differentiate them without create_graph=True")
+            with IEEE[a.is_cuda]:
+                if not torch.is_autocast_enabled(a.device.type):
+                    return f(a, *rest)
+                with torch.autocast(a.device.type, enabled=False):
+                    return f(a, *rest)
+
+        name = f"supcon_{__name__.replace('.', '_')}::{f.__name__}"  # another copy of this file has ops of its own
+        unsafe = (torch.Tag.cudagraph_unsafe,)  # strips look at the size of the scores
+        op = torch.library.custom_op(name, exact, mutates_args=(), schema=schema, tags=unsafe)
+        op.register_fake(fake)
+        return lambda *args: (op if torch.compiler.is_compiling() else exact)(*args)
+
+    return wrap
+
+@_exact_op("(Tensor a, Tensor b) -> Tensor", lambda a, b: a.new_empty(len(a), b.shape[1]))
+def _product(a, b):
+    return a @ b
+
+class _Scores(torch.autograd.Function):
+    """a_i . b_j (M, N), ABSENT for j = own + i, in full precision both ways; without b, a_i . a_j."""
+
+    @staticmethod
+    def forward(ctx, a, b, own):
+        ctx.save_for_backward(a, b)
+        return _fill(_product(a, (a if b is None else b).T), own, ABSENT)
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        if b is None:
+            return _product(g + g.T, a), None, None  # a row is an anchor, and a contrast of the others
+        return _product(g, b), _product(g.T, a) if ctx.needs_input_grad[1] else None, None
+
+# ================================================================ The same values, faster
+#
+# Delete from here on, write MATRIX = math.inf above, and what is left is right.
+#
+#   L_out,i = lse_{a in A(i)} s_ia/tau  -  mean_{p in P(i)} s_ip/tau
+#   L_in,i  = lse_{a in A(i)} s_ia/tau  -  lse_{p in P(i)} s_ip/tau  +  log |P(i)|
+#
+# lse, the log of the sum of exp, goes over strips: a block of anchors against the contrast set. The mean needs no
+# scores: it is z_i . c_i / tau, c_i the mean of the rows P(i), from the sums of the classes. Where the anchors are the
+# contrast set, s_ij = s_ji: a strip begins with its own rows, and what lies right of them is its mirror below as well.
+# Here s_ij is z_i . z_j / (tau log 2): 2^s_ij is exp(z_i . z_j / tau), and exp2 is three times as fast on some CPUs.
+
+ROWS = 256  # anchors in a strip, eight times as many on an accelerator
+HELD = 2**24  # scores that a strip holds at most, and then it has fewer anchors
+KEPT = 2**24  # scores that are kept for the backward at most; where there are more, it computes the strips again
+
+def _from_strips(variant, a, b, y_a, y_b, own):
+    """As _from_scores, from rows whose products are the scores."""
+    a = a * math.log(2) ** -0.5
+    b = None if b is None else b * math.log(2) ** -0.5
+    if y_a.ndim == 1:
+        numbers = _number_classes(y_a if b is None else torch.cat([y_a, y_b]))
+        y_a, y_b = numbers[: len(y_a)], numbers[-len(y_b) :]
+    else:
+        y_a, y_b = y_a.clone(), y_b.clone()  # a memory may move on before the backward
+    log_sum = _LogSumExp.apply(a, b, y_a, y_b, own, variant)
+    rows = a if b is None else b
+    sums, weight = _positive_sums(rows if variant == "out" else rows[:, :0], y_a, y_b, own)
+    valid = weight != 0
+    weight = weight.where(valid, 1)
+    of_positives = (a * sums).sum(1) / weight if variant == "out" else log_sum[1] - weight.log2()
+    return math.log(2) * (log_sum[0] - of_positives).where(valid, 0), valid
+
+def _number_classes(y):
+    """Labels (N,) as numbers 0, 1, ... below N; each nan is a class of its own."""
+    y, order = (y if y.is_floating_point() else y.long()).sort()
+    numbers = F.pad((y[1:] != y[:-1]).cumsum(0), (1, 0))
+    return torch.empty_like(order).scatter(0, order, numbers).int()
+
+def _positive_sums(rows, y_a, y_b, own):
+    """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums of the classes, less the pair (i, own + i)."""
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64  # thousands of rows are added up
+    rows_1 = F.pad(rows, (0, 1), value=1)
+    if y_a.ndim == 2:
+        rows_1, y_a, y_b = rows_1.to(wide), y_a.to(wide), y_b.to(wide)  # a small overlap of classes is a difference
+        sums = _Scores.apply(y_a, _Scores.apply(rows_1.T, y_b.T, None), None)
+    else:
+        count = len(y_a) + len(y_b) if torch.compiler.is_compiling() else 1 + int(torch.maximum(y_a.max(), y_b.max()))
+        of_classes = rows.new_zeros(count, rows_1.shape[1], dtype=wide).index_add(0, y_b, rows_1.to(wide))
+        sums = of_classes.index_select(0, y_a).to(rows.dtype)
+    if own is not None:
+        mine = slice(own, own + len(y_a))
+        itself = (y_a * y_b[mine] if y_a.ndim == 2 else (y_a == y_b[mine])[:, None]).sum(1, keepdim=True)
+        sums = sums - itself * rows_1[mine]
+        remains = (1e-6 if wide == torch.float32 else 1e-12) * itself  # of rounding, where nothing else has weight
+        sums = sums.masked_fill(sums[:, -1:] <= remains, 0)
+    return sums[:, :-1].to(rows.dtype), sums[:, -1].detach().to(rows.dtype)
+
+class _LogSumExp(torch.autograd.Function):
+    """log2 of sum_j 2^s_ij over A(i), for L_in of sum_j w_ij 2^s_ij over P(i) as well: (1 or 2, M), -inf for no sum."""
+
+    @staticmethod
+    def forward(ctx, a, b, y_a, y_b, own, variant):
+        keep = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
+        log_sum, *kept = _log_sums(a, b, y_a, y_b, own, variant, keep)
+        ctx.save_for_backward(a, b, y_a, y_b, log_sum, *kept)
+        ctx.own, ctx.variant = own, variant
+        return log_sum
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b, y_a, y_b, log_sum, *kept = ctx.saved_tensors
+        of_b = ctx.needs_input_grad[1]
+        grads = _log_sums_grad(a, b, y_a, y_b, ctx.own, ctx.variant, g, log_sum, kept, of_b)
+        return grads[0], grads[1] if of_b else None, None, None, None, None
+
+SETS = "Tensor a, Tensor? b, Tensor y_a, Tensor y_b, SymInt? own, str variant"  # b None: the anchors themselves
+
+@_exact_op(f"({SETS}, bool keep) -> Tensor[]", lambda a, *rest: [a.new_empty(1 + (rest[4] == "in"), len(a))])
+def _log_sums(a, b, y_a, y_b, own, variant, keep):
+    """[log_sum, and the strips if the backward needs them and they are few]"""
+    mild = _is_mild(a, b, y_a, variant)
+    kept = []
+    width = (len(a) + _height(a, len(a))) // 2 if b is None else len(b)  # in the mean
+    keep = keep and len(a) * width <= KEPT
+    log_sum = a.new_full((1 + (variant == "in"), len(a)), -torch.inf)
+    for I, J, s in _strips(a, b, own, mild, keep):
+        for log_sum_k, part in zip(log_sum, _parts(s, y_a[I], y_b[J], variant, mild)):
+            log_sum_k[I] = log_sum_k[I].logaddexp2(_log_sum(part, 1, mild))
+            if b is None:
+                log_sum_k[I.stop :] = log_sum_k[I.stop :].logaddexp2(_log_sum(part[:, len(s) :], 0, mild))
+        if keep:
+            kept.append(s)
+    return [log_sum, *kept]
+
+@_exact_op(f"({SETS}, Tensor g, Tensor log_sum, Tensor[] kept, bool of_b) -> Tensor[]",
+           lambda a, b, *rest: [torch.empty_like(x) for x in (a, b)[: 1 + rest[-1]]])
+def _log_sums_grad(a, b, y_a, y_b, own, variant, g, log_sum, kept, of_b):
+    """[the gradient in a, and in b if of_b], from g, that in log_sum: dL/ds_ij = g_i 2^(s_ij - log_sum_i)."""
+    mild = _is_mild(a, b, y_a, variant)
+    rows = a if b is None else b
+    log_sum = log_sum.masked_fill(g == 0, torch.inf)  # it is -inf for an anchor left out, and -inf - -inf is nan
+    c = g * torch.exp2(-log_sum) if mild else g
+    grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
+    room_of_G, room = a.new_empty(0), a.new_empty(0)
+    for I, J, s in _strips(a, b, own, mild, kept=kept):
+        G = room_of_G.resize_(s.shape).zero_()
+        for k, part in enumerate(_parts(s, y_a[I], y_b[J], variant, mild)):
+            for K in ((I, None), J) if b is None else ((I, None),):  # s_ij = s_ji: each is the other's contrast
+                softmax = part  # if mild, up to a factor that is in c
+                if not mild:
+                    softmax = torch.sub(part, log_sum[k][K], out=room.resize_(s.shape)).exp2_()
+                G.addcmul_(softmax, c[k][K])
+        grads[0][I].addmm_(G, rows[J])
+        if b is None:
+            grads[0][I.stop :].addmm_(G[:, len(s) :].T, a[I])
+        elif of_b:
+            grads[1].addmm_(G.T, a[I])
+    return grads
+
+def _height(a, N):
+    """The rows of a strip of N columns."""
+    return max(1, min(ROWS if a.device.type == "cpu" else 8 * ROWS, HELD // N))
+
+def _strips(a, b, own, mild, keep=False, kept=()):
+    """Yields (I, J, s): anchors, their columns, and s_ij between them, or 2^s_ij if mild; -inf or 0 for j = own + i.
+    One strip overwrites another unless keep. They are taken from kept, unless that is empty."""
+    columns = a if b is None else b
+    rows = _height(a, len(columns))
+    room = a.new_empty(0)
+    for i in range(0, len(a), rows):
+        I, J = slice(i, min(i + rows, len(a))), slice(i if b is None else 0, len(columns))
+        if kept:
+            yield I, J, kept[i // rows]
+            continue
+        room = a.new_empty(0) if keep else room
+        s = torch.mm(a[I], columns[J].T, out=room.resize_(I.stop - i, J.stop - J.start))
+        s = _fill(s, None if own is None else own + i - J.start, -torch.inf)
+        yield I, J, s.exp2_() if mild else s
+
+def _is_mild(a, b, y_a, variant):
+    """Whether |s_ij| < 60 by Cauchy and Schwarz, so that 2^s_ij can be added up without taking a maximum off."""
+    longest = a.norm(dim=1).amax() * (a if b is None else b).norm(dim=1).amax()
+    return (variant == "out" or y_a.ndim == 1) and bool(longest < 60)  # a w_ij below 1 may be as small as it likes
+
+def _parts(s, y_a, y_b, variant, mild):
+    """[s over A(i), and for L_in s over P(i) with its weights]: what a part leaves out adds nothing to a sum of 2^s."""
+    if variant == "out":
+        return [s]
+    w = _weights(y_a, y_b)
+    return [s, s.where(w, 0 if mild else -torch.inf) if w.dtype == torch.bool else s + w.log2()]
+
+def _log_sum(s, axis, mild):
+    """log2 of the sum of 2^s along an axis; if mild, s is 2^s already."""
+    if mild:
+        return s.sum(axis).log2()
+    top = s.amax(axis, keepdim=True).clamp(min=ABSENT)  # -inf - -inf would be nan
+    return (s - top).exp2_().sum(axis).log2() + top.squeeze(axis)

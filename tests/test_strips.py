@@ -1,10 +1,14 @@
-"""The tiled forms of the losses: the oracle's values and gradients at any tile size, and what surrounds them.
+"""The same values, faster: the oracle's values and gradients with strips of any height, and what surrounds them.
 
-Tests that set the tiles' size do so below any batch here, so that every batch takes several tiles.
+Tests that set the strips' height do so below any batch here, so that every batch takes several strips.
 """
 import contextlib
 import importlib.util
 import math
+import re
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,25 +22,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import losses
 import reference_numpy as oracle
 import strategies as own
-from test_losses import CASES, EPS, ROUNDINGS, Case, actual, expected, expected_grads, grad_bound, leaves, rows_of, value_bound
+from test_losses import CASES, EPS, ROUNDINGS, Case, actual, check_value_and_gradient, every, expected, expected_grads
+from test_losses import grad_bound, leaves, rows_of, value_bound
 
-sizes = st.integers(1, 9)
+heights = st.integers(1, 9)
+keeps = st.booleans()
 
 
 @contextlib.contextmanager
-def tiles_of(size):
-    """Tiles of `size` x `size` scores for every batch; None for the dense form."""
-    before = losses.TILE, losses.DENSE
-    losses.TILE, losses.DENSE = (size, 0) if size else (losses.TILE, 10**9)
+def strips_of(rows, kept=True):
+    """Strips of `rows` anchors for every batch, kept for the backward or computed again; None for the matrix form."""
+    before = losses.ROWS, losses.KEPT, losses.MATRIX
+    losses.ROWS, losses.KEPT, losses.MATRIX = (rows, kept * losses.KEPT, 0) if rows else (*before[:2], math.inf)
     try:
         yield
     finally:
-        losses.TILE, losses.DENSE = before
+        losses.ROWS, losses.KEPT, losses.MATRIX = before
 
 
-def value_and_grads(case, b, size, dtype=torch.float64):
+forms = pytest.mark.parametrize("form", [(None,), (5, True), (5, False)], ids=["matrix", "kept strips", "strips"])
+
+
+def value_and_grads(case, b, form, dtype=torch.float64):
     rows = leaves(case, b, dtype)
-    with tiles_of(size):
+    with strips_of(*form):
         loss = actual(case, b, rows)
         return loss, torch.autograd.grad(loss, rows)
 
@@ -51,40 +60,40 @@ def overlaps(y):
     return bool(((rest == 0) | (rest > 0.01 * w.diagonal())).all())
 
 
-TILED = {name: CASES[name] for name in [
+IN_STRIPS = {name: CASES[name] for name in [
     "supcon_out", "supcon_out-lone-anchors", "supcon_out-probabilities",
     "supcon_in", "supcon_in-lone-anchors", "supcon_in-probabilities", "nt_xent", "n_pair",
 ]}
-every_tiled = pytest.mark.parametrize("case", TILED.values(), ids=TILED)
+every_strip = pytest.mark.parametrize("case", IN_STRIPS.values(), ids=IN_STRIPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@every_tiled
+@every_strip
 @settings(max_examples=40)
 @given(data=st.data())
-def test_value_and_gradient_are_the_oracles_at_every_tile_size(case, dtype, data):
+def test_value_and_gradient_are_the_oracles_at_every_height(case, dtype, data):
     b = data.draw(case.batches)
     b = b._replace(z=torch.tensor(b.z).to(dtype).double().numpy())
     assume(overlaps(b.y))
     value = expected(case, b)
-    loss, grads = value_and_grads(case, b, data.draw(sizes), dtype)
+    loss, grads = value_and_grads(case, b, (data.draw(heights), data.draw(keeps)), dtype)
     assert loss.dtype == dtype
     assert abs(loss.item() - value) <= value_bound(value, case, b, EPS[dtype])
     for grad, exact in zip(grads, expected_grads(case, b), strict=True):
         assert np.abs(grad.double().numpy() - exact).max() <= grad_bound(case, b, EPS[dtype])
 
 
-@every_tiled
+@every_strip
 @settings(max_examples=20)
 @given(data=st.data())
-def test_tiles_and_the_dense_form_agree_row_by_row(case, data):
-    b, size = data.draw(case.batches), data.draw(sizes)
+def test_strips_and_the_matrix_agree_row_by_row(case, data):
+    b, height = data.draw(case.batches), data.draw(heights)
     assume(overlaps(b.y))
-    with tiles_of(size):
-        tiled = actual(case, b, leaves(case, b), reduction="none").detach().numpy()
-    with tiles_of(None):
-        dense = actual(case, b, leaves(case, b), reduction="none").detach().numpy()
-    assert (np.abs(tiled - dense) <= value_bound(dense, case, b, EPS[torch.float64])).all()
+    with strips_of(height):
+        strips = actual(case, b, leaves(case, b), reduction="none").detach().numpy()
+    with strips_of(None):
+        matrix = actual(case, b, leaves(case, b), reduction="none").detach().numpy()
+    assert (np.abs(strips - matrix) <= value_bound(matrix, case, b, EPS[torch.float64])).all()
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
@@ -105,7 +114,7 @@ def test_anchors_against_another_set_are_the_oracles_with_gradients_on_the_sides
     case = Case("supcon_out")
     wanted = data.draw(st.sampled_from([(True, True), (True, False), (False, True)]))
     rows = [torch.tensor(x.copy(), requires_grad=side) for x, side in zip((z, b.z), wanted)]
-    with tiles_of(data.draw(st.none() | sizes)):
+    with strips_of(data.draw(st.none() | heights), data.draw(keeps)):
         loss = losses.supcon_against(rows[0], torch.tensor(y), rows[1], torch.tensor(b.y), b.tau, own=place, variant=variant)
         loss.backward()
     assert abs(loss.item() - exact) <= value_bound(exact, case, b, EPS[torch.float64])
@@ -113,12 +122,12 @@ def test_anchors_against_another_set_are_the_oracles_with_gradients_on_the_sides
         assert not side or np.abs(x.grad.numpy() - exact).max() <= grad_bound(case, b, EPS[torch.float64])
 
 
-@pytest.mark.parametrize("size", [None, 2], ids=["dense", "tiles"])
+@pytest.mark.parametrize("height", [None, 2], ids=["matrix", "strips"])
 @pytest.mark.parametrize("variant", ["out", "in"])
-def test_an_anchor_whose_label_the_contrast_set_lacks_is_left_out(variant, size):
+def test_an_anchor_whose_label_the_contrast_set_lacks_is_left_out(variant, height):
     z, contrast = rows_of(7, 1, 4), rows_of(5, 1, 4, seed=1)
     y, y_contrast = torch.tensor([0, 1, 2, 3, 4, 5, 6]), torch.tensor([1, 3, 3, 5, 5])
-    with tiles_of(size):
+    with strips_of(height):
         values = losses.supcon_against(z, y, contrast, y_contrast, variant=variant, reduction="none").numpy()
         mean = losses.supcon_against(z, y, contrast, y_contrast, variant=variant).item()
     exact = oracle.supcon_against(z.numpy(), y.numpy(), contrast.numpy(), y_contrast.numpy(), variant=variant, reduction="none")
@@ -138,23 +147,25 @@ def test_a_batch_is_itself_as_the_contrast_set():
 
 @pytest.mark.parametrize("variant", ["out", "in"])
 @settings(max_examples=20)
-@given(b=own.batches(units=own.always), size=sizes)
-def test_the_module_goes_through_the_tiles(variant, b, size):
+@given(b=own.batches(units=own.always), height=heights)
+def test_the_module_goes_through_the_strips(variant, b, height):
     x, y = torch.tensor(b.z).unflatten(0, (b.views, -1)).transpose(0, 1), torch.tensor(b.y[: len(b.y) // b.views])
     for mode in ("all", "one"):
         module = losses.SupConLoss(b.tau, mode, variant=variant, base_temperature=None)
-        with tiles_of(size):
-            tiled = module(x, y)
-        with tiles_of(None):
-            dense = module(x, y)
-        assert abs(tiled - dense) <= value_bound(dense.item(), Case("supcon_out"), b, EPS[torch.float64])
+        with strips_of(height):
+            strips = module(x, y)
+        with strips_of(None):
+            matrix = module(x, y)
+        assert abs(strips - matrix) <= value_bound(matrix.item(), Case("supcon_out"), b, EPS[torch.float64])
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "again"])
 @pytest.mark.parametrize("rows", ["clustered", "collapsed", "random"])
 @pytest.mark.parametrize("tau", [0.1, 0.01, 0.001])
 @pytest.mark.parametrize("variant", ["out", "in"])
-def test_thousands_of_rows_in_float32_are_as_good_as_float32_can_be(variant, tau, rows):
-    """The tiles' own size, against float64; 3001 rows of 3 classes, so that sums run over a thousand rows."""
+def test_thousands_of_rows_in_float32_are_as_good_as_float32_can_be(variant, tau, rows, kept, monkeypatch):
+    """Strips of their own height, against float64; 3001 rows of 3 classes, so that sums run over a thousand rows."""
+    monkeypatch.setattr(losses, "KEPT", kept * losses.KEPT)
     g = torch.Generator().manual_seed(0)
     y = torch.arange(3001) % 3
     centre = {"clustered": torch.eye(3, 8)[y], "collapsed": torch.eye(1, 8).expand(3001, 8), "random": 0}[rows]
@@ -168,16 +179,63 @@ def test_thousands_of_rows_in_float32_are_as_good_as_float32_can_be(variant, tau
     assert (grads[1] - grads[0]).abs().max() <= ROUNDINGS * EPS[torch.float32] * (1 + 1 / tau) / tau / 3001 * 4
 
 
-@every_tiled
+@every_strip
 @settings(max_examples=10)
 @given(data=st.data())
-def test_a_row_of_nan_is_not_hidden_by_tiles(case, data):
+def test_a_row_of_nan_is_not_hidden_by_strips(case, data):
     b = data.draw(case.batches)
     assume(expected(case, b) != 0)
     z = b.z.copy()
     z[:] = np.nan
-    with tiles_of(3):
+    with strips_of(3):
         assert actual(case, b._replace(z=z), leaves(case, b._replace(z=z))).isnan()
+
+
+# ---------------------------------------------------------------- what is left without the strips
+
+
+def load(name, text, folder):
+    (folder / f"{name}.py").write_text(text)
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """losses.py without what follows its banner, and with the line that the banner gives in place of its like."""
+    above, below = Path(losses.__file__).read_text().split("# ================================================================ The same values, faster\n")
+    line = re.search(r"write (MATRIX = \S+) above", below)[1]
+    above, count = re.subn(r"^MATRIX = \S+", line, above, flags=re.MULTILINE)
+    assert count == 1 and "def _from_strips" in below
+    return load("cut_losses", above, tmp_path_factory.mktemp("cut"))
+
+
+@every()
+@settings(max_examples=15)
+@given(data=st.data())
+def test_above_the_banner_all_is_right(cut, case, data):
+    check_value_and_gradient(case, data.draw(case.batches), cut)
+
+
+@settings(max_examples=15)
+@given(b=own.batches(), variant=st.sampled_from(["out", "in"]))
+def test_above_the_banner_other_contrast_sets_are_right(cut, b, variant):
+    M = (len(b.z) + 1) // 2
+    arguments = b.z[:M], b.y[:M], b.z, b.y
+    value = oracle.supcon_against(*arguments, b.tau, own=0, variant=variant)
+    loss = cut.supcon_against(*map(torch.tensor, arguments), b.tau, own=0, variant=variant)
+    assert abs(loss.item() - value) <= value_bound(value, Case("supcon_out"), b, EPS[torch.float64])
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_above_the_banner_large_batches_are_right(cut, variant):
+    z, y = rows_of(300, 2, 16).requires_grad_(), torch.arange(300).repeat(2) % 7
+    assert len(z) > losses.MATRIX
+    values = [getattr(module, f"supcon_{variant}")(z, y, 0.05) for module in (losses, cut)]
+    torch.testing.assert_close(*values, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in values), rtol=1e-9, atol=1e-12)
 
 
 # ---------------------------------------------------------------- surroundings: precision, compilation, second derivatives
@@ -234,29 +292,29 @@ def test_products_are_exact_whatever_the_surroundings_and_the_surroundings_stay(
         assert len(products.seen) >= (2 if device == "cpu" else 1) and set(products.seen) == {("ieee", False)}
 
 
-def test_tiles_restore_the_precision_they_found():
+def test_strips_restore_the_precision_they_found():
     z, y = rows_of(8, 2, 4).float().requires_grad_(), torch.arange(16) % 8 % 3
     with lowered_precision("high"):
-        with tiles_of(3):
+        with strips_of(3):
             losses.supcon_out(z, y).backward()
         assert torch.get_float32_matmul_precision() == "high"
 
 
 @pytest.mark.seeds_torch
-@pytest.mark.parametrize("size", [None, 5], ids=["dense", "tiles"])
+@forms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_trains_under_autocast_and_a_gradient_scaler(dtype, size):
+def test_trains_under_autocast_and_a_gradient_scaler(dtype, form):
     torch.manual_seed(0)
     model, x, y = nn.Linear(8, 4), torch.randn(24, 8), torch.arange(24) % 3
     optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
     values = []
     for _ in range(20):
-        with torch.autocast("cpu", dtype), tiles_of(size):
+        with torch.autocast("cpu", dtype), strips_of(*form):
             z = nn.functional.normalize(model(x), eps=1e-6)
             loss = losses.supcon_out(z, y, 0.2)
         assert loss.dtype == torch.float32
         optimizer.zero_grad()
-        with tiles_of(size):
+        with strips_of(*form):
             scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -279,42 +337,52 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("size", [None, 5], ids=["dense", "tiles"])
+@forms
 @pytest.mark.parametrize("loss", COMPILED.values(), ids=COMPILED)
-def test_compiles_into_one_graph_with_the_same_value_and_gradients(loss, size):
+def test_compiles_into_one_graph_with_the_same_value_and_gradients(loss, form):
     def run(f):
         z, tau = rows_of(8, 2, 16).requires_grad_(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         value = f(z, torch.arange(8).repeat(2) % 3, tau)
         return value, *torch.autograd.grad(value, [z, tau])
 
     torch._dynamo.reset()
-    with tiles_of(size):
+    with strips_of(*form):
         torch.testing.assert_close(run(torch.compile(loss, fullgraph=True, backend="aot_eager")), run(loss))
 
 
-@pytest.mark.parametrize("size", [None, 5], ids=["dense", "tiles"])
+@forms
 @pytest.mark.parametrize("loss", ["supcon_out", "supcon_in", "nt_xent"])
-def test_there_is_no_second_derivative_even_beside_a_first(loss, size):
+def test_there_is_no_second_derivative_even_beside_a_first(loss, form):
     z = rows_of(8, 2, 4).requires_grad_()
-    with tiles_of(size), pytest.raises(RuntimeError, match="second derivative"):
+    with strips_of(*form), pytest.raises(RuntimeError, match="second derivative"):
         value = getattr(losses, loss)(z, *([] if loss == "nt_xent" else [torch.arange(16) % 8 % 3]))
         penalty = torch.autograd.grad(value, z, create_graph=True)[0].square().sum()
         (value + penalty).backward()
 
 
-@every_tiled
+@every_strip
 @settings(max_examples=10)
 @given(data=st.data())
-def test_a_tensor_tau_learns_through_tiles(case, data):
+def test_a_tensor_tau_learns_through_strips(case, data):
     if case.loss == "n_pair":
         return
     b = data.draw(case.batches)
     b = b._replace(tau=max(b.tau, 0.1), z=b.z / own.MAX_NORM)
     tau, h = torch.tensor(b.tau, dtype=torch.float64, requires_grad=True), 1e-5 * b.tau
-    with tiles_of(data.draw(sizes)):
+    with strips_of(data.draw(heights), data.draw(keeps)):
         grad = torch.autograd.grad(actual(case, b._replace(tau=tau), leaves(case, b)), tau)[0].item()
     ahead, behind = (expected(case, b._replace(tau=b.tau + step)) for step in (h, -h))
     assert grad == pytest.approx((ahead - behind) / (2 * h), abs=1e-6 / b.tau)
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("tau", [0.5, 0.001], ids=["mild", "large scores"])
+def test_a_second_backward_of_kept_strips_gives_the_same(variant, tau):
+    z, y = rows_of(12, 2, 4).requires_grad_(), torch.arange(24) % 12 % 3
+    with strips_of(5):
+        loss = getattr(losses, f"supcon_{variant}")(z, y, tau)
+        grads = [torch.autograd.grad(loss, z, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*grads)
 
 
 def test_no_matrix_of_all_scores_is_kept_for_the_backward():
@@ -327,44 +395,52 @@ def test_no_matrix_of_all_scores_is_kept_for_the_backward():
     z, y = rows_of(200, 2, 8).requires_grad_(), torch.arange(400) % 200 % 3
     for variant in ("out", "in"):
         kept.clear()
-        with tiles_of(64), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with strips_of(64, kept=False), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             getattr(losses, f"supcon_{variant}")(z, y).backward()
         assert 0 < sum(kept.values()) <= 10 * z.numel() * 8  # N x N would be 50
 
 
-def test_probabilities_with_tiny_overlaps_count_in_tiles_too():
+def test_probabilities_with_tiny_overlaps_count_in_strips_too():
     """Overlaps of 1e-9 beside an own product of 1: exact arithmetic has them all count."""
     N, e = 40, 1e-9
     z, y = rows_of(N, 1, 8), (1 - e) * torch.eye(N, dtype=torch.double) + e / N
     values = []
-    for size in (None, 7):
-        with tiles_of(size):
+    for height in (None, 7):
+        with strips_of(height):
             values.append(losses.supcon_out(z, y).item())
     assert values[0] > 1 and values[1] == pytest.approx(values[0], rel=1e-5)
     apart = torch.eye(N, dtype=torch.double)
-    with tiles_of(7):
+    with strips_of(7):
         assert losses.supcon_out(z, apart).item() == 0
         peaked = torch.tensor([[1e-10, 1 - 1e-10]], dtype=torch.double).expand(N, 2)
         alone = torch.tensor([[1.0, 0.0]], dtype=torch.double).expand(N, 2)
         assert losses.supcon_against(z, alone, z, peaked).item() > 1
 
 
-@pytest.mark.parametrize("size", [None, 5], ids=["dense", "tiles"])
+def test_rows_of_probabilities_apart_have_no_positive_whatever_rounding_leaves_of_the_sums():
+    y = torch.block_diag(*torch.rand(20, 1, 7, generator=torch.Generator().manual_seed(0), dtype=torch.double))
+    for dtype in (torch.float64, torch.float32):
+        with strips_of(7):
+            for loss in (losses.supcon_out, losses.supcon_in):
+                assert not loss(rows_of(20, 1, 4).to(dtype), y.to(dtype), reduction="none").any()
+
+
+@forms
 @pytest.mark.parametrize("loss", [losses.supcon_out, losses.supcon_in])
-def test_a_probability_that_is_not_a_number_is_not_hidden(loss, size):
+def test_a_probability_that_is_not_a_number_is_not_hidden(loss, form):
     y = torch.full((12, 3), 1 / 3, dtype=torch.double)
     y[5] = torch.nan
-    with tiles_of(size):
+    with strips_of(*form):
         assert loss(rows_of(12, 1, 4), y).isnan()
 
 
-@pytest.mark.parametrize("size", [None, 5], ids=["dense", "tiles"])
-def test_a_memory_may_move_on_before_the_backward(size):
+@forms
+def test_a_memory_may_move_on_before_the_backward(form):
     z, y = rows_of(8, 2, 4), torch.arange(16) % 3
     grads = []
     for moves in (False, True):
         anchors, memory, labels = z.clone().requires_grad_(), z.clone(), y.clone()
-        with tiles_of(size):
+        with strips_of(*form):
             loss = losses.supcon_against(anchors, y, memory, labels) + losses.supcon_sharded(anchors, y, queue=(memory, labels))
             if moves:
                 memory[:4] = 0
@@ -379,7 +455,7 @@ def test_probabilities_that_barely_overlap_give_a_finite_gradient():
     y = torch.tensor([[1, 0, 0], [1e-24, 1, 0], [0, 0, 1], [0, 0, 1]])
     for loss in (losses.supcon_out, losses.supcon_in):
         x = z.clone().requires_grad_()
-        with tiles_of(3):
+        with strips_of(3):
             assert torch.autograd.grad(loss(x, y), x)[0].isfinite().all()
 
 
@@ -389,15 +465,15 @@ def test_the_smallest_overlap_counts_where_no_row_is_an_anchors_own(variant, ove
     z, a, b = rows_of(12, 1, 4), torch.tensor([[1.0, 0.0]]), torch.tensor([[overlap, 1 - overlap]])
     a, b = (y.double().expand(12, 2) for y in (a, b))
     exact = oracle.supcon_against(z.numpy(), a.numpy(), z.numpy(), b.numpy(), variant=variant)
-    for size in (None, 3):
-        with tiles_of(size):
+    for height in (None, 3):
+        with strips_of(height):
             assert losses.supcon_against(z, a, z, b, variant=variant).item() == pytest.approx(exact, rel=1e-9)
 
 
-@pytest.mark.parametrize("size", [None, 3], ids=["dense", "tiles"])
-def test_class_probabilities_get_no_gradient(size):
+@forms
+def test_class_probabilities_get_no_gradient(form):
     z, y = rows_of(8, 1, 4).requires_grad_(), torch.full((8, 3), 1 / 3, dtype=torch.double, requires_grad=True)
-    with tiles_of(size):
+    with strips_of(*form):
         for loss in (losses.supcon_out, losses.supcon_in):
             assert torch.autograd.grad(loss(z, y), [z, y], allow_unused=True)[1] is None
             torch._dynamo.reset()
@@ -409,8 +485,8 @@ def test_class_probabilities_get_no_gradient(size):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.half, torch.float32], ids=str)
 def test_labels_of_any_type_in_both_forms(dtype):
     z, y = rows_of(12, 1, 4), torch.arange(12) % 2
-    for size in (None, 3):
-        with tiles_of(size):
+    for height in (None, 3):
+        with strips_of(height):
             for loss in (losses.supcon_out, losses.supcon_in):
                 assert loss(z, y.to(dtype)).item() == loss(z, y).item()
 
@@ -419,11 +495,86 @@ def test_a_label_that_is_not_a_number_has_no_positives():
     z, y = rows_of(10, 1, 4), torch.arange(10.0) % 3
     y[3] = math.nan
     values = []
-    for size in (None, 3):
-        with tiles_of(size):
+    for height in (None, 3):
+        with strips_of(height):
             values.append(losses.supcon_out(z, y, reduction="none"))
     assert values[0][3] == values[1][3] == 0
     torch.testing.assert_close(*values)
+
+
+@pytest.fixture
+def lowered():
+    """The backend of CPU products, at a precision that a user has set."""
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    yield backend
+    backend.fp32_precision = before
+
+
+def test_the_precision_lasts_while_a_thread_needs_it_and_then_is_the_users_again(lowered):
+    """The first thread in is the first one out, which must neither lower the second's products nor be outlived by it."""
+    places = {name: threading.Event() for name in ("first in", "second in", "first out")}
+    seen, a = {}, torch.ones(2, 2)
+
+    @losses._exact_op("(Tensor a) -> Tensor", torch.empty_like)
+    def first(a):
+        places["first in"].set()
+        assert places["second in"].wait(10)
+        return a
+
+    @losses._exact_op("(Tensor a) -> Tensor", torch.empty_like)
+    def second(a):
+        places["second in"].set()
+        assert places["first out"].wait(10)
+        seen["while the second is inside"] = lowered.fp32_precision
+        return a
+
+    threads = [threading.Thread(target=first, args=(a,)), threading.Thread(target=second, args=(a,))]
+    threads[0].start()
+    assert places["first in"].wait(10)
+    threads[1].start()
+    threads[0].join(10)
+    places["first out"].set()
+    threads[1].join(10)
+    assert seen == {"while the second is inside": "ieee"}
+    assert lowered.fp32_precision == "tf32"
+
+
+def test_threads_that_overlap_anyhow_lose_no_setting():
+    class Slow:
+        """A backend in whose every access another thread may step in."""
+
+        def __init__(self):
+            self.value = "tf32"
+
+        @property
+        def fp32_precision(self):
+            value = self.value
+            time.sleep(1e-5)
+            return value
+
+        @fp32_precision.setter
+        def fp32_precision(self, value):
+            time.sleep(1e-5)
+            self.value = value
+
+    backend = Slow()
+    ieee, seen = losses._Ieee(backend), []
+
+    def work():
+        for _ in range(100):
+            with ieee:
+                time.sleep(1e-5)
+                seen.append(backend.value)
+            time.sleep(1e-5 * len(seen) % 4e-5)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 400 and set(seen) == {"ieee"} and backend.value == "tf32"
 
 
 def test_an_inherited_precision_stays_inherited():
@@ -448,8 +599,8 @@ def test_two_copies_in_one_process_keep_apart_when_compiled():
         spec = importlib.util.spec_from_file_location(name, losses.__file__)
         copies.append(importlib.util.module_from_spec(spec))
         spec.loader.exec_module(copies[-1])
-        copies[-1].DENSE = 0
-    copies[1]._tiles = None
+        copies[-1].MATRIX = 0
+    copies[1]._strips = None
     torch._dynamo.reset()
     value = torch.compile(copies[0].supcon_out, fullgraph=True, backend="aot_eager")(z, y)
     torch.testing.assert_close(value, losses.supcon_out(z, y))
