@@ -1,0 +1,163 @@
+"""What must move from epoch to epoch, step to step, view to view, image to image and seed to seed does move; what must stay
+(the same seed, a run that goes on, another number of ranks, parts or workers) stays, bit by bit."""
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import images
+import linear_probe
+import pretrain
+import robustness
+
+N, SIZE, BATCH, STEPS, V = 12, 32, 6, 2, 2  # an epoch has two steps
+WAYS = {
+    "on the device": {"augment": "sim"},
+    "in workers": {"augment": "auto"},
+    "in workers, colours on the device": {"augment": "stacked-rand"},
+}
+LABELS = torch.arange(N) % 3
+PICTURE = (255 * torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))).to(torch.uint8)
+ALIKE = images.Data(PICTURE.expand(N, 3, SIZE, SIZE), LABELS, ["a", "b", "c"])  # so that only the views can differ
+NUMBERED = ALIKE._replace(images=torch.arange(N, dtype=torch.uint8)[:, None, None, None].expand(N, 3, SIZE, SIZE))  # an image is its row
+
+
+def batches(data, steps=range(2 * STEPS), parts=(slice(0, BATCH),), **options):
+    """Of each step (views (V, images of the parts, 3, H, W), their labels (V, images of the parts, ...))."""
+    config = {"seed": 0, "views": V, "batch": BATCH, "size": SIZE, "augment": "sim", "crop_min": 0.2, "jitter": 0.5, "loss": "supcon",
+              "balanced": False, "stream": False, "mix": None, "mix_alpha": 1.0, "num_classes": 3, "workers": 0}  # fmt: skip
+    source = pretrain.batches(SimpleNamespace(**config | options), data, list(parts), torch.zeros(3), torch.ones(3), steps, STEPS)
+    for views_of in source:
+        yield [pretrain.join(rows, V).unflatten(0, (V, -1)) for rows in zip(*(views_of(part) for part in parts))]
+
+
+def views(*arguments, **options):
+    return torch.stack([x for x, _ in batches(*arguments, **options)])  # (steps, V, images, 3, H, W)
+
+
+def order(**options):
+    """The rows that the steps show, (steps, images)."""
+    return (255 * views(NUMBERED, augment="none", **options)[:, 0, :, 0, 0, 0]).round().long()
+
+
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
+
+
+@ways
+def test_no_two_views_of_a_picture_in_two_epochs_are_alike(way):
+    shown = views(ALIKE, **way).flatten(0, 2)
+    assert len(shown.unique(dim=0)) == 2 * STEPS * V * BATCH
+
+
+@ways
+def test_views_move_with_the_seed_and_stay_without(way):
+    first, again, other = views(ALIKE, **way), views(ALIKE, **way), views(ALIKE, seed=1, **way)
+    assert torch.equal(first, again)
+    assert len(torch.cat([first, other]).flatten(0, 2).unique(dim=0)) == 2 * first.flatten(0, 2).shape[0]
+
+
+@ways
+def test_views_stay_in_a_run_that_goes_on_amid_an_epoch(way):
+    whole = views(ALIKE, **way)
+    for step in range(1, 2 * STEPS):
+        assert torch.equal(views(ALIKE, range(step, 2 * STEPS), **way), whole[step:])
+    assert torch.equal(order(steps=range(1, 2 * STEPS)), order()[1:])
+
+
+@ways
+def test_views_do_not_depend_on_ranks_and_parts(way):
+    whole = views(ALIKE, **way)
+    assert torch.equal(views(ALIKE, parts=[slice(0, 3), slice(3, 6)], **way), whole)
+    assert torch.equal(views(ALIKE, parts=[slice(2, 4)], **way), whole[:, :, 2:4])  # the second of three ranks
+
+
+def test_views_do_not_depend_on_the_number_of_workers():
+    assert torch.equal(views(ALIKE, augment="auto", workers=2, steps=range(1, 3)), views(ALIKE, augment="auto", steps=range(1, 3)))
+
+
+@pytest.mark.parametrize("options", [{}, {"balanced": True}, {"loss": "n-pair"}], ids=["shuffled", "balanced", "pairs"])
+def test_the_order_of_the_images_moves_with_epoch_and_seed(options):
+    first, second = order(**options).view(2, N)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(N))  # an epoch shows every image once
+    assert not torch.equal(first, second)
+    assert not torch.equal(order(seed=1, **options).view(2, N)[0], first)
+
+
+@pytest.mark.parametrize("ordered", [images.shuffled_balanced, images.shuffled_pairs])
+def test_the_order_of_the_classes_moves_too(ordered):
+    labels = torch.arange(5).repeat(4)
+    first = {labels[ordered(labels, images.generator(0, epoch))[0]].item() for epoch in range(40)}
+    assert first == set(range(5))
+
+
+def test_labels_go_with_their_images():
+    for x, y in batches(NUMBERED, augment="none"):
+        assert torch.equal(LABELS[(255 * x[:, :, 0, 0, 0]).round().long()], y)
+
+
+@pytest.mark.parametrize("how", ["mixup", "cutmix"])
+def test_mixing_moves_with_epoch_step_view_and_seed(how):
+    pure = torch.eye(3)
+    shares = []
+    for seed in (0, 0, 1):
+        for _, y in batches(NUMBERED, augment="none", mix=how, seed=seed):  # of neighbours of two classes
+            mixed = [[row for row in rows if not any(torch.equal(row, one) for one in pure)] for rows in y]
+            shares.append([round(max(rows[0].tolist()), 6) if rows else 1.0 for rows in mixed])
+    a, again, other = shares[:4], shares[4:8], shares[8:]
+    assert a == again
+    assert len({share for step in a + other for share in step}) > (12 if how == "mixup" else 8)  # of 16 draws
+
+
+def test_a_probes_augmented_views_move_from_epoch_to_epoch_and_with_the_seed(trained, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def probe(r, labels, num_classes, cells, fit, augmented):
+        raise Seen(augmented(0), augmented(1), augmented(0))
+
+    monkeypatch.setattr(linear_probe, "probe", probe)
+    seen = []
+    for seed in "01":
+        with pytest.raises(Seen) as caught:
+            linear_probe.main([str(trained), "--augment", "--limit", "20", "--seed", seed], standalone_mode=False)
+        seen.append(caught.value.args)
+    (first, second, again), (other, _, _) = seen
+    assert torch.equal(first, again)
+    for a, b in itertools.combinations((first, second, other), 2):
+        assert not torch.isclose(a, b).all(1).any()
+
+
+def test_augmented_images_of_a_probe_each_have_a_view_of_their_own():
+    config = {"size": SIZE, "precision": "float32", "crop_min": 0.2}
+    frozen = linear_probe.Frozen(torch.nn.Flatten(), torch.zeros(3), torch.ones(3), config, torch.device("cpu"))
+    shown = [linear_probe.extract(frozen, ALIKE, key=(0, 6, epoch), batch=4) for epoch in range(2)]  # three batches of images
+    assert len(torch.cat(shown).unique(dim=0)) == 2 * N
+
+
+def test_noise_of_corruptions_moves_with_image_severity_name_and_seed():
+    grey = torch.full((501, 3, 9, 9), 128, dtype=torch.uint8)  # more than are corrupted at a time
+    test = images.Data(grey, torch.zeros(501, dtype=torch.long), ["a", "b"])
+
+    def signs(name, severity, seed=0):
+        made = torch.cat([x for x, _ in robustness.Made(test, seed).batches(name, severity)])
+        return (made > 128).flatten(1)[[0, 1, 500]]
+
+    assert torch.equal(signs("gaussian_noise", 5), signs("gaussian_noise", 5))
+    shown = torch.cat([signs("gaussian_noise", 5), signs("gaussian_noise", 4), signs("impulse_noise", 5), signs("gaussian_noise", 5, 1)])
+    assert len(shown.unique(dim=0)) == 12
+
+
+def test_first_weights_move_with_the_seed_and_stay_without():
+    def weights(seed):
+        config = SimpleNamespace(seed=seed, arch="small", stem="3x3", loss="supcon", proj_hidden=None, proj_depth=2, proj_dim=8, ce_weight=0.5,
+                                 num_classes=3, normalize_encoder=False, ce_detach=False)  # fmt: skip
+        return {name: w for name, w in pretrain.build_model(config, None).named_parameters() if w.ndim > 1}
+
+    first, again, other = weights(0), weights(0), weights(1)
+    assert all(torch.equal(w, again[name]) and not torch.isclose(w, other[name]).any(1).all() for name, w in first.items())
+
+
+def test_keys_that_differ_anywhere_have_streams_of_their_own():
+    keys = list(itertools.product(range(4), repeat=3))
+    assert len({images.generator(*key).initial_seed() for key in keys}) == len(keys)
