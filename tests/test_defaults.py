@@ -1,12 +1,12 @@
 """What a run has where nothing is said: the options of a command line, completed as training completes them."""
 import pytest
 import torch
+from click.core import ParameterSource
 
 import images
 import linear_probe
 import options
 import pretrain
-from click.core import ParameterSource
 
 
 def completed(*arguments, size=32, classes=10):

@@ -116,3 +116,14 @@ def test_schedule_is_the_reference_codes():
     assert rate(48_000) == pytest.approx(0.5e-3)
     config.schedule = "step"
     assert [round(rate(48 * e), 6) for e in (20, 700, 800, 900)] == [0.5, 0.05, 0.005, 0.0005]
+
+
+@pytest.mark.parametrize("name, kind", [("sgd", torch.optim.SGD), ("lars", recipes.LARS), ("rmsprop", recipes.RMSProp)])
+def test_an_optimiser_by_its_name_has_the_rate_momentum_and_decay_that_are_asked_for(name, kind):
+    w = torch.nn.Parameter(torch.ones(2, 2))
+    asked = SimpleNamespace(optimizer=name, momentum=0.7, nesterov=name == "sgd")
+    optimizer = recipes.make_optimizer(asked, [{"params": [w], "weight_decay": 0.03}], 0.2)
+    group, = optimizer.param_groups
+    assert type(optimizer) is kind and (group["lr"], group["momentum"], group["weight_decay"]) == (0.2, 0.7, 0.03)
+    assert name != "sgd" or group["nesterov"]
+    assert (name != "lars" or group["eta"] == 1e-3) and (name != "rmsprop" or (group["decay"], group["eps"]) == (0.9, 1e-3))  # the official code's
