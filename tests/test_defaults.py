@@ -93,3 +93,23 @@ def test_a_probe_by_a_recipe_takes_its_numbers_and_features_as_they_are():
     assert (fit.optimizer, fit.schedule, fit.warmup, fit.warmup_from, fit.label_smoothing) == ("rmsprop", "exponential", 12, 0, 0.05)
     assert probe_of("--recipe", "cifar10-supcon", "--lr", "2", "--lr", "3")[1] == [(2, 0), (3, 0)]
     assert probe_of("--lr-per-256", "0.2", "--batch", "1280")[1][0][0] == pytest.approx(1.0)
+
+
+def test_what_is_given_beside_a_recipe_takes_along_what_is_bound_to_it():
+    other_loss = completed("--recipe", "imagenet-supcon-r50", "--loss", "simclr")
+    assert (other_loss.tau, other_loss.loss_scale, other_loss.proj_depth) == (0.5, pytest.approx(0.5 / 0.07), 2)
+    same_loss = completed("--recipe", "imagenet-supcon-r50", "--loss", "supcon")
+    assert (same_loss.tau, same_loss.loss_scale, same_loss.proj_depth) == (0.1, 0.1, 1)
+    assert completed("--recipe", "imagenet-supcon-r50", "--lr", "0.3").lr == 0.3
+    assert completed("--recipe", "imagenet-supcon-r50").lr == pytest.approx(0.4 * 6144 / 256)
+    assert completed("--recipe", "cifar10-supcon", "--lr-per-256", "0.1").lr == pytest.approx(0.1 * 1024 / 256)
+    assert completed("--recipe", "cifar10-supcon", "--epochs", "20").warmup == 2  # a tenth, not the source's ten of a thousand
+    assert completed("--recipe", "imagenet-ce-r50", "--momentum", "0.8").nesterov is False
+
+
+@pytest.mark.parametrize("images_then, classes_then", [(199, ["a", "b"]), (201, ["a", "b"]), (200, ["b", "a"]), (200, ["a", "b", "c"])])
+def test_a_run_goes_on_with_the_data_that_it_began_with_alone(images_then, classes_then):
+    data, config = images.Data(None, torch.zeros(200), ["a", "b"]), completed()
+    options.require_same_data(config, data, {"classes": ["a", "b"], "images": 200})
+    with pytest.raises(images.Refused):
+        options.require_same_data(config, data, {"classes": classes_then, "images": images_then})

@@ -1,0 +1,90 @@
+"""The parts of the probe, one by one and in a moment: its frozen encoder, its views, its choice, its baselines."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import images
+import linear_probe
+import metrics
+import pretrain
+from runs import folder_of
+
+CPU = torch.device("cpu")
+FIT = {"epochs": 20, "batch": 16, "optimizer": "sgd", "momentum": 0.9, "nesterov": True, "schedule": "cosine", "warmup": 0.0, "warmup_from": 0.0,
+       "label_smoothing": 0.0, "standardize": True, "seed": 0, "lr": 1.0}  # fmt: skip
+
+
+def frozen(encoder, size=16, **config):
+    return linear_probe.Frozen(encoder, torch.zeros(3), torch.ones(3), {"size": size, "precision": "float32", "arch": "small", "stem": "3x3"} | config, CPU)
+
+
+def clusters(n, spread):
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 4
+    return 2 * torch.randn(4, 6, generator=g)[y] + spread * torch.randn(n, 6, generator=g), y
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
+def test_augmented_views_crop_as_in_training_and_each_image_has_its_own(stream, tmp_path):
+    folder_of(tmp_path, ["train"], ["a"], count=1, size=(16, 16))
+    file = next(tmp_path.rglob("0.png"))
+    for k in range(1, 6):  # six times the same picture
+        (file.parent / f"{k}.png").write_bytes(file.read_bytes())
+    data = images.load_data("folder", tmp_path, True, size=16, stream=stream)
+    picture = data.images[0] / 255
+    for crop_min, kinds in ((1.0, 2), (0.2, 6)):
+        r = linear_probe.extract(frozen(torch.nn.Flatten(), crop_min=crop_min), data, key=(0, 6, 0), workers=0).view(-1, 3, 16, 16)
+        assert len((r * 1000).round().unique(dim=0)) == kinds  # whole, as it is or mirrored; or each cropped otherwise
+        mirrored = [any(torch.isclose(image, whole, atol=1e-5).all() for whole in (picture, picture.flip(2))) for image in r]
+        assert all(mirrored) if crop_min == 1 else not any(mirrored)
+
+
+def test_features_of_an_image_do_not_depend_on_those_beside_it():
+    encoder, _ = pretrain.build_encoder("small", "3x3")
+    x = torch.randint(256, (5, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    one = frozen(encoder)
+    torch.testing.assert_close(one(x)[:2], one(x[:2]), rtol=1e-4, atol=1e-5)
+    assert not any(w.requires_grad for w in one.parameters())
+
+
+def test_features_are_brought_to_norm_1_where_training_did_so():
+    x = torch.rand(4, 3, 2, 2)
+    raw, unit = (frozen(torch.nn.Flatten(), normalize_encoder=normalize) for normalize in (False, True))
+    torch.testing.assert_close(raw(x), x.flatten(1))
+    torch.testing.assert_close(unit(x), F.normalize(x.flatten(1)))
+    torch.testing.assert_close(unit.encode(x), F.normalize(x.flatten(1)))
+
+
+@pytest.mark.parametrize("cells", [[(0.003, 0.0), (0.3, 0.0)], [(0.3, 0.0), (0.003, 0.0)]])
+def test_of_cells_that_are_as_accurate_the_surer_one_is_chosen(cells):
+    r, y = clusters(120, 0.05)
+    found = linear_probe.probe(r, y, 4, cells, SimpleNamespace(**FIT))
+    assert [accuracy for *_, accuracy in found.grid] == [100, 100] and found.cell == (0.3, 0.0)
+
+
+def test_the_grid_never_sees_the_held_out_labels(monkeypatch):
+    r, y = clusters(200, 0.5)
+    kept, held = linear_probe.hold_out(y, 0)
+    monkeypatch.setattr(linear_probe, "hold_out", lambda labels, seed: (kept, held))
+    wrong = y.clone()
+    wrong[held] = (y[held] + 1) % 4  # a lie that is only met where it is asked for
+    found = linear_probe.probe(r, wrong, 4, [(0.1, 0.0), (0.3, 0.0)], SimpleNamespace(**FIT))
+    assert max(accuracy for *_, accuracy in found.grid) < 10
+
+
+def test_baselines_are_pixels_and_an_encoder_that_nobody_trained():
+    shade = torch.tensor([[40, 180], [180, 40]])  # of the upper and of the lower half
+    labels = torch.arange(60) % 2
+    noise = torch.randint(-20, 20, (60, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    pixels = (shade[labels].repeat_interleave(8, 1)[:, None, :, None] + noise).to(torch.uint8)
+    data = images.Data(pixels, labels, ["a", "b"])
+    encoder, _ = pretrain.build_encoder("small", "3x3")
+    dead = frozen(encoder)
+    for w in dead.encoder.parameters():
+        w.zero_()  # all features alike: worth nothing
+    assert metrics.topk(linear_probe.probe(dead(pixels), labels, 2, [(0.1, 0.0)], SimpleNamespace(**FIT)).classifier(dead(pixels)), labels, 1) == 50
+    found = linear_probe.baselines(dead, data, data, [(0.1, 0.0)], SimpleNamespace(**FIT))
+    assert found["raw_pixels_top1"] == 100 and found["untrained_encoder_top1"] > 60
+    assert found == linear_probe.baselines(dead, data, data, [(0.1, 0.0)], SimpleNamespace(**FIT))
