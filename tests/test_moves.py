@@ -161,3 +161,30 @@ def test_first_weights_move_with_the_seed_and_stay_without():
 def test_keys_that_differ_anywhere_have_streams_of_their_own():
     keys = list(itertools.product(range(4), repeat=3))
     assert len({images.generator(*key).initial_seed() for key in keys}) == len(keys)
+
+
+def whole_or_mirrored(shown, *others):
+    """Of each view whether it is the picture, its mirror image or one of the others."""
+    whole = PICTURE / 255
+    return [any(torch.isclose(x, y, atol=2e-3).all() for y in (whole, whole.flip(2), *others)) for x in shown.flatten(0, 2)]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["on the device", "in workers"])
+def test_views_crop_as_they_are_asked_to(stream):
+    assert all(whole_or_mirrored(views(ALIKE, augment="crop", crop_min=1.0, stream=stream)))
+    assert not any(whole_or_mirrored(views(ALIKE, augment="crop", crop_min=0.2, stream=stream)))
+
+
+def test_colours_are_as_strong_as_they_are_asked_to_be():
+    grey = images.luma(PICTURE[None] / 255).expand(1, 3, SIZE, SIZE)[0]
+    shades = grey, grey.flip(2)
+    assert all(whole_or_mirrored(views(ALIKE, crop_min=1.0, jitter=0.0), *shades))
+    assert sum(whole_or_mirrored(views(ALIKE, crop_min=1.0, jitter=0.5), *shades)) < 20  # a fifth of 48 keep their colours
+
+
+def test_what_workers_crop_is_shown_as_they_make_it():
+    config = SimpleNamespace(seed=0, views=V, batch=BATCH)
+    items = list(pretrain.worker_items(config, order(stream=True).view(-1)[:N], 0, range(STEPS), [slice(0, BATCH)]))
+    made = images.WorkerViews(ALIKE, "crop", 0.2)
+    expected = torch.stack([made[item] for part in items for item in part]).view(STEPS, V, BATCH, 3, SIZE, SIZE) / 255
+    torch.testing.assert_close(views(ALIKE, range(STEPS), augment="crop", stream=True), expected, rtol=0, atol=1e-5)
