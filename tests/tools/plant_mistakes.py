@@ -8,7 +8,6 @@
 The copy holds the files that git tracks, as they stand. Only the tests that a mistake names run on it, so that one which no
 longer catches it is noticed; first all of these run once without any mistake.
 """
-import multiprocessing
 import os
 import re
 import shutil
@@ -500,22 +499,28 @@ def first_failure(tests, file=None, old=None, new=None):
             (folder / file).write_text((folder / file).read_text().replace(old, new))
         with (folder / "tests" / "conftest.py").open("a") as conftest:
             conftest.write(SAME_EXAMPLES)
-        process = multiprocessing.get_context("fork").Process(target=run_pytest, args=(folder, tests))
-        process.start()
-        process.join()
+        process = os.fork()
+        if process == 0:
+            run_pytest(folder, tests)
+        _, status = os.waitpid(process, 0)
         output = (folder / "output").read_text()
     failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+?::.*?)(?: - .*)?$", output, re.MULTILINE)
-    return failed[1] if failed else "" if process.exitcode == 0 else None
+    return failed[1] if failed else "" if status == 0 else None
 
 
 def run_pytest(folder, tests):
-    """In a process that has torch already: importing it takes longer than most of the tests."""
-    os.chdir(folder)
-    with open("output", "w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    paths = [f"tests/test_{name}.py" for name in tests.split()]
-    sys.exit(pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *paths]))
+    """And end. In a process that has torch already: importing it takes longer than most of the tests."""
+    code = 1
+    try:
+        os.chdir(folder)
+        with open("output", "w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        paths = [f"tests/test_{name}.py" for name in tests.split()]
+        code = int(pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *paths]))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
 
 
 def caught_by(file, name, old, new, tests):
