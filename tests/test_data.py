@@ -47,15 +47,17 @@ def test_the_first_images_of_a_folder_show_all_its_classes(tmp_path):
 
 
 def test_measured_mean_and_deviation_are_those_of_all_pixels_of_a_channel():
-    x = torch.randint(256, (20, 3, 9, 9), generator=images.generator(0)).mul(torch.tensor([1.0, 0.5, 0.25]).view(3, 1, 1)).to(torch.uint8)
+    x = torch.randint(256, (20, 3, 9, 9), generator=images.generator(0))
+    x = (x * torch.tensor([1.0, 0.5, 0.25]).view(3, 1, 1)).to(torch.uint8)
     mean, std = images.mean_and_std("folder", x)
     torch.testing.assert_close(mean, (x / 255).mean((0, 2, 3)))
     torch.testing.assert_close(std, (x / 255).std((0, 2, 3), correction=0))
-    assert images.mean_and_std("folder", torch.zeros_like(x))[1].min() > 0  # a channel of one value can be divided by it
+    assert images.mean_and_std("folder", torch.zeros_like(x))[1].min() > 0  # of one value, it can be divided by
 
 
 @pytest.mark.parametrize("dataset, mean, std", [
-    ("cifar10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), ("cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    ("cifar10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    ("cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 ])  # fmt: skip
 def test_cifar_is_normalised_as_in_the_reference_code(dataset, mean, std):
     ours = images.mean_and_std(dataset, torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
@@ -96,7 +98,8 @@ class StoredFashionMNIST(Stored):
 
 
 @pytest.mark.parametrize("dataset, name, stored", [
-    ("cifar10", "CIFAR10", Stored), ("cifar100", "CIFAR100", Stored), ("svhn", "SVHN", StoredSVHN), ("fashionmnist", "FashionMNIST", StoredFashionMNIST),
+    ("cifar10", "CIFAR10", Stored), ("cifar100", "CIFAR100", Stored), ("svhn", "SVHN", StoredSVHN),
+    ("fashionmnist", "FashionMNIST", StoredFashionMNIST),
 ])  # fmt: skip
 def test_torchvisions_data_sets_keep_channels_rows_and_columns_apart(dataset, name, stored, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, name, stored)

@@ -12,19 +12,23 @@ import pretrain
 def completed(*arguments, size=32, classes=10):
     """The options of a command line, before the first step."""
     context = pretrain.main.make_context("pretrain", list(arguments))
-    config, _ = options.read(context, None, {k: v for k, v in context.params.items() if k not in ("runs", "figure", "resume")})
+    given = {k: v for k, v in context.params.items() if k not in ("runs", "figure", "resume")}
+    config, _ = options.read(context, None, given)
     options.complete_options(config, 1)
     labels = torch.arange(20_000) % classes
-    options.complete_from_data(config, images.Data(torch.empty(0, 3, size, size), labels, [str(c) for c in range(classes)]))
+    data = images.Data(torch.empty(0, 3, size, size), labels, [str(c) for c in range(classes)])
+    options.complete_from_data(config, data)
     return config
 
 
 def test_a_run_on_cifar_is_the_reference_codes_where_nothing_is_said():
     expected = {
-        "loss": "supcon", "tau": 0.1, "loss_scale": pytest.approx(0.1 / 0.07), "batch": 1024, "epochs": 1000, "lr": 0.5, "schedule": "cosine", "warmup": 10,
-        "warmup_from": 0.01, "momentum": 0.9, "nesterov": False, "optimizer": "sgd", "weight_decay": 1e-4, "views": 2, "augment": "sim", "crop_min": 0.2,
-        "jitter": 0.5, "arch": "resnet50", "stem": "3x3", "proj_depth": 2, "proj_hidden": None, "proj_dim": 128, "normalize_encoder": False, "seed": 0,
-        "label_smoothing": 0, "ce_weight": 0, "queue": 0, "mix": None, "balanced": False, "micro_batch": None, "run": "runs/cifar10-resnet50-supcon-s0",
+        "loss": "supcon", "tau": 0.1, "loss_scale": pytest.approx(0.1 / 0.07), "batch": 1024, "epochs": 1000,
+        "lr": 0.5, "schedule": "cosine", "warmup": 10, "warmup_from": 0.01, "momentum": 0.9, "nesterov": False,
+        "optimizer": "sgd", "weight_decay": 1e-4, "views": 2, "augment": "sim", "crop_min": 0.2, "jitter": 0.5,
+        "arch": "resnet50", "stem": "3x3", "proj_depth": 2, "proj_hidden": None, "proj_dim": 128,
+        "normalize_encoder": False, "seed": 0, "label_smoothing": 0, "ce_weight": 0, "queue": 0, "mix": None,
+        "balanced": False, "micro_batch": None, "run": "runs/cifar10-resnet50-supcon-s0",
     }  # fmt: skip
     config = vars(completed("--dataset", "cifar10"))
     assert {k: config[k] for k in expected} == expected
@@ -37,8 +41,8 @@ def test_a_run_on_shapes_is_small():
 
 
 @pytest.mark.parametrize("loss, tau, scale, views, rate", [
-    ("supcon", 0.1, 0.1 / 0.07, 2, 0.5), ("supcon-in", 0.1, 0.1 / 0.07, 2, 0.5), ("simclr", 0.5, 0.5 / 0.07, 2, 0.5), ("triplet", None, 1, 2, 0.5),
-    ("n-pair", None, 1, 1, 0.1), ("max-margin", None, 1, 2, 0.5), ("ce", None, 1, 1, 0.8),
+    ("supcon", 0.1, 0.1 / 0.07, 2, 0.5), ("supcon-in", 0.1, 0.1 / 0.07, 2, 0.5), ("simclr", 0.5, 0.5 / 0.07, 2, 0.5),
+    ("triplet", None, 1, 2, 0.5), ("n-pair", None, 1, 1, 0.1), ("max-margin", None, 1, 2, 0.5), ("ce", None, 1, 1, 0.8),
 ])  # fmt: skip
 def test_temperature_scale_views_and_rate_go_with_the_loss_and_the_rate_with_the_batch(loss, tau, scale, views, rate):
     for batch in (1024, 256):
@@ -48,7 +52,8 @@ def test_temperature_scale_views_and_rate_go_with_the_loss_and_the_rate_with_the
 
 
 def test_the_scale_of_the_loss_follows_tau_and_is_1_where_it_is_said_so():
-    assert completed("--tau", "0.07").loss_scale == pytest.approx(1) and completed("--tau", "0.2").loss_scale == pytest.approx(0.2 / 0.07)
+    assert completed("--tau", "0.07").loss_scale == pytest.approx(1)
+    assert completed("--tau", "0.2").loss_scale == pytest.approx(0.2 / 0.07)
     assert completed("--tau", "0.2", "--loss-scale", "1").loss_scale == 1
 
 
@@ -67,30 +72,37 @@ def test_large_images_meet_the_stem_of_imagenets_resnets():
 
 def test_a_resumed_run_may_change_what_changes_no_number_alone():
     """epochs prolong a run; the rest says where it reads, what it prints, how much it holds and how fast it is."""
-    assert options.MAY_CHANGE == {"epochs", "data", "download", "device", "log_every", "save_minutes", "micro_batch", "compile", "workers"}
+    elsewhere, shown = {"data", "download", "device"}, {"log_every", "save_minutes"}
+    fitted = {"micro_batch", "compile", "workers"}
+    assert options.MAY_CHANGE == {"epochs"} | elsewhere | shown | fitted
 
 
 def probe_of(*arguments):
     context = linear_probe.main.make_context("probe", ["ckpt.pt", *arguments])
     given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
-    names = ("standardize", "epochs", "batch", "lr", "lr_per_256", "weight_decay", "optimizer", "momentum", "nesterov", "schedule", "warmup",
-             "label_smoothing", "seed")  # fmt: skip
+    names = ("standardize", "epochs", "batch", "lr", "lr_per_256", "weight_decay", "optimizer", "momentum", "nesterov",
+             "schedule", "warmup", "label_smoothing", "seed")  # fmt: skip
     return linear_probe.complete_fit(context.params["recipe"], {k: context.params[k] for k in names}, given)
+
+
+def holds(fit, **options):
+    return {name: getattr(fit, name) for name in options} == options
 
 
 def test_a_probe_is_a_grid_of_twenty_cells_of_a_standardised_linear_layer():
     fit, cells = probe_of()
     assert cells == [(lr, decay) for lr in (0.01, 0.03, 0.1, 0.3, 1.0) for decay in (0, 1e-4, 1e-3, 1e-2)]
-    assert (fit.epochs, fit.batch, fit.optimizer, fit.momentum, fit.nesterov, fit.schedule, fit.warmup, fit.label_smoothing, fit.standardize) == (
-        100, 512, "sgd", 0.9, True, "cosine", 0, 0, True)  # fmt: skip
+    assert holds(fit, epochs=100, batch=512, optimizer="sgd", momentum=0.9, nesterov=True, schedule="cosine", warmup=0,
+                 label_smoothing=0, standardize=True)  # fmt: skip
 
 
 def test_a_probe_by_a_recipe_takes_its_numbers_and_features_as_they_are():
     fit, cells = probe_of("--recipe", "cifar10-supcon")
-    assert cells == [(5, 0)] and (fit.epochs, fit.batch, fit.schedule, fit.nesterov, fit.standardize, fit.warmup) == (100, 512, "step", False, False, 0)
+    assert cells == [(5, 0)]
+    assert holds(fit, epochs=100, batch=512, schedule="step", nesterov=False, standardize=False, warmup=0)
     fit, cells = probe_of("--recipe", "imagenet-supcon-r50")
     assert cells == [(pytest.approx(0.05 * 6144 / 256), 1e-6)]
-    assert (fit.optimizer, fit.schedule, fit.warmup, fit.warmup_from, fit.label_smoothing) == ("rmsprop", "exponential", 12, 0, 0.05)
+    assert holds(fit, optimizer="rmsprop", schedule="exponential", warmup=12, warmup_from=0, label_smoothing=0.05)
     assert probe_of("--recipe", "cifar10-supcon", "--lr", "2", "--lr", "3")[1] == [(2, 0), (3, 0)]
     assert probe_of("--lr-per-256", "0.2", "--batch", "1280")[1][0][0] == pytest.approx(1.0)
 
@@ -103,11 +115,13 @@ def test_what_is_given_beside_a_recipe_takes_along_what_is_bound_to_it():
     assert completed("--recipe", "imagenet-supcon-r50", "--lr", "0.3").lr == 0.3
     assert completed("--recipe", "imagenet-supcon-r50").lr == pytest.approx(0.4 * 6144 / 256)
     assert completed("--recipe", "cifar10-supcon", "--lr-per-256", "0.1").lr == pytest.approx(0.1 * 1024 / 256)
-    assert completed("--recipe", "cifar10-supcon", "--epochs", "20").warmup == 2  # a tenth, not the source's ten of a thousand
+    # a tenth, not the source's ten of a thousand
+    assert completed("--recipe", "cifar10-supcon", "--epochs", "20").warmup == 2
     assert completed("--recipe", "imagenet-ce-r50", "--momentum", "0.8").nesterov is False
 
 
-@pytest.mark.parametrize("images_then, classes_then", [(199, ["a", "b"]), (201, ["a", "b"]), (200, ["b", "a"]), (200, ["a", "b", "c"])])
+@pytest.mark.parametrize("images_then, classes_then",
+    [(199, ["a", "b"]), (201, ["a", "b"]), (200, ["b", "a"]), (200, ["a", "b", "c"])])
 def test_a_run_goes_on_with_the_data_that_it_began_with_alone(images_then, classes_then):
     data, config = images.Data(None, torch.zeros(200), ["a", "b"]), completed()
     options.require_same_data(config, data, {"classes": ["a", "b"], "images": 200})

@@ -12,8 +12,9 @@ import run_folder
 
 
 def contents(step, **entries):
-    return {"format": run_folder.FORMAT, "config": {}, "step": step, "seconds": 0.0, "encoder": {"w": torch.full((2,), float(step))}, "optimizer": {},
-            "mean": torch.zeros(3), "std": torch.ones(3), "classes": ["a"]} | entries  # fmt: skip
+    return {"format": run_folder.FORMAT, "config": {}, "step": step, "seconds": 0.0, "optimizer": {},
+            "encoder": {"w": torch.full((2,), float(step))}, "mean": torch.zeros(3), "std": torch.ones(3),
+            "classes": ["a"]} | entries  # fmt: skip
 
 
 def steps_in(folder):
@@ -75,7 +76,8 @@ def test_a_checkpoint_runs_no_code_and_lacks_nothing(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     good, path = contents(1), tmp_path / "ckpt.pt"
-    for bad in ({"config": {"x": Mischief()}}, {"format": "supcon-probe-2"}, {"encoder": None}, {"step": "1"}, {"mean": [0.0] * 3}):
+    mischief, other_kind = {"config": {"x": Mischief()}}, {"format": "supcon-probe-2"}
+    for bad in (mischief, other_kind, {"encoder": None}, {"step": "1"}, {"mean": [0.0] * 3}):
         torch.save(good | bad, path)
         with pytest.raises(images.Refused):
             run_folder.load_checkpoint(path)
@@ -95,7 +97,8 @@ def test_a_new_run_takes_no_folder_in_which_steps_would_be_lost(tmp_path):
 
 def journal(folder, weight=0.0):
     config = SimpleNamespace(batch=5, epochs=9, save_minutes=10, log_every=2)
-    made = run_folder.Journal(config, lambda losses, seconds: contents(0, encoder={"w": torch.tensor([weight])}), None, 100, None)
+    saved = contents(0, encoder={"w": torch.tensor([weight])})
+    made = run_folder.Journal(config, lambda losses, seconds: saved, None, 100, None)
     made.open(folder, {})
     return made
 
@@ -126,7 +129,8 @@ def test_what_every_part_of_a_run_ran_on_is_kept(tmp_path):
     run_folder.RunFolder(run, {"device": "a", "options": {"epochs": 1}}, contents(0)).close()
     for device in "bc":
         run_folder.RunFolder(run, {"device": device, "options": {"epochs": 2}}, step=0).close()
-    assert json.loads((run / "config.json").read_text()) == {"device": "c", "options": {"epochs": 2}, "earlier": [{"device": "a"}, {"device": "b"}]}
+    about = json.loads((run / "config.json").read_text())
+    assert about == {"device": "c", "options": {"epochs": 2}, "earlier": [{"device": "a"}, {"device": "b"}]}
 
 
 def test_signals_are_noted_however_many_come():

@@ -15,7 +15,8 @@ from runs import SMALL, log_of, same_bits, state_of
 
 N, BATCH, EPOCHS, PEAK = 600, 60, 2, 0.05
 STEPS = N // BATCH  # of an epoch
-OPTIONS = [*SMALL, "--limit", str(N), "--batch", str(BATCH), "--epochs", str(EPOCHS), "--lr", str(PEAK), "--precision", "float64"]
+NUMBERS = {"--limit": N, "--batch": BATCH, "--epochs": EPOCHS, "--lr": PEAK}
+OPTIONS = [*SMALL, "--precision", "float64", *(str(word) for pair in NUMBERS.items() for word in pair)]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,8 @@ def test_the_logged_rate_is_the_published_schedule_and_the_one_that_the_step_was
     folder, _, _, rates = run
     total, warm = EPOCHS * STEPS, EPOCHS * STEPS // 10
     cosine = [PEAK * (1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * k / total)) / 2) for k in range(total)]
-    expected = [0.01 + (cosine[warm] - 0.01) * k / warm if k < warm else cosine[k] for k in range(total)]  # before each step
+    # before each step
+    expected = [0.01 + (cosine[warm] - 0.01) * k / warm if k < warm else cosine[k] for k in range(total)]
     assert rates == pytest.approx(expected)
     assert [line["lr"] for line in steps_of(folder)] == rates
 
@@ -94,7 +96,8 @@ def test_neighbours_are_the_oracles_of_the_checkpoint_and_many(run):
     train, test = (images.load_data("shapes", None, train, size=16) for train in (True, False))
     bank, query = 2 * N // 20, 2 * N // 50
     with torch.no_grad():
-        r, r_test = (encoder.eval()(normalised(d.images[:k], contents)).numpy() for d, k in ((train, bank), (test, query)))
+        seen = (train.images[:bank], test.images[:query])
+        r, r_test = (encoder.eval()(normalised(pixels, contents)).numpy() for pixels in seen)
     expected = ref.knn_top1(r, train.labels[:bank].numpy(), r_test, test.labels[:query].numpy())
     assert epochs_of(folder)[-1]["knn_top1"] == pytest.approx(expected) and 0 < expected < 100
 
@@ -116,10 +119,11 @@ def test_images_are_normalised_by_their_own_mean_and_deviation(run):
 
 
 def test_raw_features_are_measured_on_the_sphere():
-    z, labels = 30 * torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double), torch.arange(4) % 2
+    z, labels = 30 * torch.randn(8, 3, generator=images.generator(0), dtype=torch.double), torch.arange(4) % 2
     found = pretrain.diagnose(None, z, 2, SimpleNamespace(labels=labels), None, None, None)
     unit = torch.nn.functional.normalize(z).numpy()
-    assert found["alignment"] == pytest.approx(ref.alignment(unit)) and found["uniformity"] == pytest.approx(ref.uniformity(unit))
+    assert found["alignment"] == pytest.approx(ref.alignment(unit))
+    assert found["uniformity"] == pytest.approx(ref.uniformity(unit))
     assert "knn_top1" not in found  # without a test set
     assert "alignment" not in pretrain.diagnose(None, z, 1, SimpleNamespace(labels=labels), None, None, None)
 
@@ -152,7 +156,8 @@ def journal(folder, monkeypatch, steps, **options):
     now, saved = [0.0], []
     monkeypatch.setattr(run_folder.time, "perf_counter", lambda: now[0])
     config = SimpleNamespace(**{"batch": 50, "epochs": 1, "save_minutes": 10, "log_every": 4} | options)
-    journal = run_folder.Journal(config, lambda losses, seconds: saved.append(len(losses)) or {"encoder": {}}, None, 100, None)
+    contents = lambda losses, seconds: saved.append(len(losses)) or {"encoder": {}}
+    journal = run_folder.Journal(config, contents, None, 100, None)
     journal.open(folder, {})
     for step in range(1, steps + 1):
         now[0] += 240

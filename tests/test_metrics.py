@@ -73,7 +73,8 @@ def test_probe_metrics_by_hand():
 
 def test_a_confidence_on_the_edge_of_two_bins_is_in_the_lower_one():
     """Bins are (a, b]: of four, (0, 1/4] holds 1/4, (1/4, 1/2] holds 1/2, and (3/4, 1] holds 1."""
-    quarter, half, sure = [0.0] * 4, [0.0, 0.0, -1e4, -1e4], [1e4, 0.0, 0.0, 0.0]  # softmax gives 1/4, 1/2 and 1 exactly
+    # softmax gives 1/4, 1/2 and 1 exactly
+    quarter, half, sure = [0.0] * 4, [0.0, 0.0, -1e4, -1e4], [1e4, 0.0, 0.0, 0.0]
     between = torch.tensor([[0.6, 0.2, 0.1, 0.1]], dtype=torch.double).log()
     scores = torch.cat([torch.tensor([quarter, half, half, sure], dtype=torch.double), between])
     y = torch.tensor([0, 0, 1, 0, 0])

@@ -1,4 +1,4 @@
-"""What pretrain.py makes of the losses: each by its name, its heads, its batches in parts, what a classifier and a queue add."""
+"""What pretrain.py makes of the losses: each by its name, its heads, its batches in parts, what a classifier adds."""
 import math
 from types import SimpleNamespace
 
@@ -11,9 +11,11 @@ import recipes
 import reference_numpy as ref
 
 n, V, D = 12, 2, 5
-LABELS = torch.arange(n) % 3
-DEFAULTS = {"views": V, "tau": 0.3, "loss_scale": 1.0, "margin": None, "mining": "semihard", "npair_l2": 0.0, "num_classes": 3, "ce_weight": 0.0,
-            "label_smoothing": 0.0, "mix": None, "queue": 0, "balanced": False, "batch": n}  # fmt: skip
+IMAGES = torch.arange(n)
+LABELS = IMAGES % 3
+DEFAULTS = {"views": V, "tau": 0.3, "loss_scale": 1.0, "margin": None, "mining": "semihard", "npair_l2": 0.0,
+            "num_classes": 3, "ce_weight": 0.0, "label_smoothing": 0.0, "mix": None, "queue": 0, "balanced": False,
+            "batch": n}  # fmt: skip
 
 
 def config(**options):
@@ -36,7 +38,8 @@ def test_every_loss_of_that_name_is_the_oracles():
     assert value(z, y, loss="simclr") == pytest.approx(ref.nt_xent(a, 0.3))
     for mining in ("semihard", "hard", "all"):
         assert value(z, y, loss="triplet", mining=mining) == pytest.approx(ref.triplet(a, b, 0.2, mining=mining))
-        assert value(z, y, loss="triplet", mining=mining, margin=0.7) == pytest.approx(ref.triplet(a, b, 0.7, mining=mining))
+        wide = value(z, y, loss="triplet", mining=mining, margin=0.7)
+        assert wide == pytest.approx(ref.triplet(a, b, 0.7, mining=mining))
     assert value(z, y, loss="max-margin") == pytest.approx(ref.max_margin(a, b, 1.0))
     assert value(z, y, loss="max-margin", margin=1.5) == pytest.approx(ref.max_margin(a, b, 1.5))
 
@@ -54,7 +57,7 @@ def test_cross_entropy_alone_and_beside_a_loss_is_smoothed(smoothing):
     z, logits, y = F.normalize(rows()), rows(1)[:, :3], LABELS.repeat(V)
     target = (1 - smoothing) * F.one_hot(y, 3) + smoothing / 3
     ce = -(target * logits.log_softmax(1)).sum(1).mean().item()
-    total = lambda **o: pretrain.total_loss(config(label_smoothing=smoothing, **o), z, logits, y, torch.arange(n)).item()
+    total = lambda **o: pretrain.total_loss(config(label_smoothing=smoothing, **o), z, logits, y, IMAGES).item()
     assert total(loss="ce") == pytest.approx(ce)
     expected = 0.6 * 2 * ref.supcon_out(z.numpy(), y.numpy(), 0.3) + 0.4 * ce
     assert total(loss="supcon", loss_scale=2.0, ce_weight=0.4) == pytest.approx(expected)
@@ -64,8 +67,9 @@ def test_cross_entropy_alone_and_beside_a_loss_is_smoothed(smoothing):
 
 
 def model_of(**options):
-    defaults = {"seed": 0, "arch": "small", "stem": "3x3", "loss": "supcon", "proj_hidden": None, "proj_depth": 2, "proj_dim": 7, "ce_weight": 0.0,
-                "num_classes": 3, "normalize_encoder": False, "ce_detach": False}  # fmt: skip
+    defaults = {"seed": 0, "arch": "small", "stem": "3x3", "loss": "supcon", "proj_hidden": None, "proj_depth": 2,
+                "proj_dim": 7, "ce_weight": 0.0, "num_classes": 3, "normalize_encoder": False,
+                "ce_detach": False}  # fmt: skip
     return pretrain.build_model(SimpleNamespace(**defaults | options), None)
 
 
@@ -105,18 +109,21 @@ def test_a_detached_classifier_leaves_the_encoder_to_the_loss():
 
 def test_hidden_layers_are_as_wide_as_the_encoder_or_as_said():
     for hidden, expected in ((None, 144), (20, 20)):
-        widths = [layer.out_features for layer in model_of(proj_depth=3, proj_hidden=hidden).projection if isinstance(layer, torch.nn.Linear)]
+        head = model_of(proj_depth=3, proj_hidden=hidden).projection
+        widths = [layer.out_features for layer in head if isinstance(layer, torch.nn.Linear)]
         assert widths == [expected, expected, 7]
 
 
 @pytest.mark.parametrize("options", [
-    {"loss": "supcon"}, {"loss": "simclr"}, {"loss": "supcon", "ce_weight": 0.4}, {"loss": "ce", "views": 1}, {"loss": "supcon", "views": 3},
+    {"loss": "supcon"}, {"loss": "simclr"}, {"loss": "supcon", "ce_weight": 0.4}, {"loss": "ce", "views": 1},
+    {"loss": "supcon", "views": 3},
 ], ids=str)  # fmt: skip
 def test_a_batch_in_parts_has_the_loss_features_and_gradients_of_the_whole(options):
     c = config(**options)
     torch.manual_seed(0)
     encoder = torch.nn.Linear(4, 6)
-    model = pretrain.Model(encoder, torch.nn.Linear(6, D), torch.nn.Linear(6, 3) if c.ce_weight or c.loss == "ce" else None).double()
+    classifier = torch.nn.Linear(6, 3) if c.ce_weight or c.loss == "ce" else None
+    model = pretrain.Model(encoder, torch.nn.Linear(6, D), classifier).double()
     x = torch.randn(c.views, n, 4, dtype=torch.double)
 
     def views_of(part):
@@ -131,7 +138,8 @@ def test_a_batch_in_parts_has_the_loss_features_and_gradients_of_the_whole(optio
     expected = torch.autograd.grad(whole, used)
     for size in (3, 4, 6):
         model.zero_grad()
-        loss, rows = pretrain.cached_gradients(model, model, [slice(i, i + size) for i in range(0, n, size)], views_of, loss_of, c.views)
+        parts = [slice(i, i + size) for i in range(0, n, size)]
+        loss, rows = pretrain.cached_gradients(model, model, parts, views_of, loss_of, c.views)
         assert loss.item() == pytest.approx(whole.item(), rel=1e-12)
         torch.testing.assert_close(rows, z.detach(), rtol=1e-12, atol=1e-12)
         for w, grad in zip(used, expected):
@@ -140,11 +148,13 @@ def test_a_batch_in_parts_has_the_loss_features_and_gradients_of_the_whole(optio
 
 def test_the_floor_of_unequal_classes_is_the_mean_over_their_shares_and_of_balanced_batches_that_of_equal_ones():
     labels = torch.tensor([0] * 6 + [1] * 3 + [3] * 3)  # class 2 has no image
-    floors = {balanced: pretrain.collapse_and_floor(config(loss="supcon", balanced=balanced), labels)[1] for balanced in (False, True)}
-    assert floors[False] == pytest.approx((math.log(12 - 1) + math.log(6 - 1)) / 2)  # 24 rows, of which a class has 12, 6, 6
-    assert floors[True] == pytest.approx(math.log(8 - 1))
-    assert pretrain.collapse_and_floor(config(loss="simclr", views=3), labels)[1] == pytest.approx(math.log(2))  # two other views
-    for options in ({"loss": "triplet"}, {"loss": "ce"}, {"loss": "supcon", "ce_weight": 0.1}, {"loss": "supcon", "mix": "mixup"}, {"loss": "supcon", "queue": 9}):
+    floor_of = lambda **o: pretrain.collapse_and_floor(config(**o), labels)[1]
+    # 24 rows, of which the classes have 12, 6 and 6
+    assert floor_of(loss="supcon") == pytest.approx((math.log(12 - 1) + math.log(6 - 1)) / 2)
+    assert floor_of(loss="supcon", balanced=True) == pytest.approx(math.log(8 - 1))
+    assert floor_of(loss="simclr", views=3) == pytest.approx(math.log(2))  # two other views
+    joined = [{"ce_weight": 0.1}, {"mix": "mixup"}, {"queue": 9}]
+    for options in ({"loss": "triplet"}, {"loss": "ce"}, *({"loss": "supcon"} | more for more in joined)):
         assert pretrain.collapse_and_floor(config(**options), labels) == (None, None)
 
 
@@ -153,5 +163,6 @@ def test_running_statistics_stand_still_within_and_move_again_after():
     with pretrain.still_statistics(norm):
         inside = norm(torch.arange(12.0).view(4, 3))
     assert norm.running_mean.tolist() == [0, 0, 0] and norm.num_batches_tracked == 0
-    torch.testing.assert_close(inside, norm(torch.arange(12.0).view(4, 3)))  # the batch's own statistics, as in training
+    # the batch's own statistics, as in training
+    torch.testing.assert_close(inside, norm(torch.arange(12.0).view(4, 3)))
     assert norm.num_batches_tracked == 1 and norm.running_mean.tolist() != [0, 0, 0]

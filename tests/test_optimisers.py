@@ -126,4 +126,5 @@ def test_an_optimiser_by_its_name_has_the_rate_momentum_and_decay_that_are_asked
     group, = optimizer.param_groups
     assert type(optimizer) is kind and (group["lr"], group["momentum"], group["weight_decay"]) == (0.2, 0.7, 0.03)
     assert name != "sgd" or group["nesterov"]
-    assert (name != "lars" or group["eta"] == 1e-3) and (name != "rmsprop" or (group["decay"], group["eps"]) == (0.9, 1e-3))  # the official code's
+    assert name != "lars" or group["eta"] == 1e-3  # the official code's, as are decay and epsilon
+    assert name != "rmsprop" or (group["decay"], group["eps"]) == (0.9, 1e-3)

@@ -11,13 +11,14 @@ import metrics
 import pretrain
 from runs import folder_of
 
-CPU = torch.device("cpu")
-FIT = {"epochs": 20, "batch": 16, "optimizer": "sgd", "momentum": 0.9, "nesterov": True, "schedule": "cosine", "warmup": 0.0, "warmup_from": 0.0,
-       "label_smoothing": 0.0, "standardize": True, "seed": 0, "lr": 1.0}  # fmt: skip
+FIT = {"epochs": 20, "batch": 16, "optimizer": "sgd", "momentum": 0.9, "nesterov": True, "schedule": "cosine",
+       "warmup": 0.0, "warmup_from": 0.0, "label_smoothing": 0.0, "standardize": True, "seed": 0,
+       "lr": 1.0}  # fmt: skip
 
 
 def frozen(encoder, size=16, **config):
-    return linear_probe.Frozen(encoder, torch.zeros(3), torch.ones(3), {"size": size, "precision": "float32", "arch": "small", "stem": "3x3"} | config, CPU)
+    config = {"size": size, "precision": "float32", "arch": "small", "stem": "3x3"} | config
+    return linear_probe.Frozen(encoder, torch.zeros(3), torch.ones(3), config, torch.device("cpu"))
 
 
 def clusters(n, spread):
@@ -35,9 +36,11 @@ def test_augmented_views_crop_as_in_training_and_each_image_has_its_own(stream, 
     data = images.load_data("folder", tmp_path, True, size=16, stream=stream)
     picture = data.images[0] / 255
     for crop_min, kinds in ((1.0, 2), (0.2, 6)):
-        r = linear_probe.extract(frozen(torch.nn.Flatten(), crop_min=crop_min), data, key=(0, 6, 0), workers=0).view(-1, 3, 16, 16)
+        pixels = frozen(torch.nn.Flatten(), crop_min=crop_min)
+        r = linear_probe.extract(pixels, data, key=(0, 6, 0), workers=0).view(-1, 3, 16, 16)
         assert len((r * 1000).round().unique(dim=0)) == kinds  # whole, as it is or mirrored; or each cropped otherwise
-        mirrored = [any(torch.isclose(image, whole, atol=1e-5).all() for whole in (picture, picture.flip(2))) for image in r]
+        wholes = picture, picture.flip(2)
+        mirrored = [any(torch.isclose(image, whole, atol=1e-5).all() for whole in wholes) for image in r]
         assert all(mirrored) if crop_min == 1 else not any(mirrored)
 
 
@@ -84,7 +87,9 @@ def test_baselines_are_pixels_and_an_encoder_that_nobody_trained():
     dead = frozen(encoder)
     for w in dead.encoder.parameters():
         w.zero_()  # all features alike: worth nothing
-    assert metrics.topk(linear_probe.probe(dead(pixels), labels, 2, [(0.1, 0.0)], SimpleNamespace(**FIT)).classifier(dead(pixels)), labels, 1) == 50
-    found = linear_probe.baselines(dead, data, data, [(0.1, 0.0)], SimpleNamespace(**FIT))
+    cells, fit = [(0.1, 0.0)], SimpleNamespace(**FIT)
+    of_the_dead = linear_probe.probe(dead(pixels), labels, 2, cells, fit).classifier
+    assert metrics.topk(of_the_dead(dead(pixels)), labels, 1) == 50
+    found = linear_probe.baselines(dead, data, data, cells, fit)
     assert found["raw_pixels_top1"] == 100 and found["untrained_encoder_top1"] > 60
-    assert found == linear_probe.baselines(dead, data, data, [(0.1, 0.0)], SimpleNamespace(**FIT))
+    assert found == linear_probe.baselines(dead, data, data, cells, fit)

@@ -1,4 +1,4 @@
-"""Class probabilities at sizes where nobody holds a matrix of all overlaps: what rounding makes of an overlap of exactly 0."""
+"""Class probabilities at sizes where nobody holds a matrix of all overlaps: what rounding makes of an overlap of 0."""
 import pytest
 import torch
 import torch.nn.functional as F

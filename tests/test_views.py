@@ -128,8 +128,8 @@ def numbers_of(view, size):
     top, left, height, width = view.box.double().T
     brightness, contrast, saturation, hue = view.jitter.double().T
     return torch.stack([
-        top / (size - height).clamp(min=1), left / (size - width).clamp(min=1), height * width, (height / width).log(), view.flip.double(),
-        brightness, contrast, saturation, hue, view.gray.double(), (view.sigma > 0).double(),
+        top / (size - height).clamp(min=1), left / (size - width).clamp(min=1), height * width, (height / width).log(),
+        view.flip.double(), brightness, contrast, saturation, hue, view.gray.double(), (view.sigma > 0).double(),
     ])  # fmt: skip
 
 
@@ -164,7 +164,8 @@ def test_crops_are_as_large_and_as_tall_as_torchvisions(crop_min):
     blank = torch.empty(3, 224, 224)
     draw = torchvision.transforms.RandomResizedCrop.get_params
     theirs = torch.tensor([draw(blank, (crop_min, 1), (3 / 4, 4 / 3))[2:] for _ in range(5000)]).double()
-    for ours, other in ((height * width, theirs.prod(1)), ((height / width).log(), (theirs[:, 0] / theirs[:, 1]).log())):
+    areas, ratios = (height * width, theirs.prod(1)), ((height / width).log(), (theirs[:, 0] / theirs[:, 1]).log())
+    for ours, other in (areas, ratios):
         deviation = other.std()
         assert (ours.mean() - other.mean()).abs() < 0.07 * deviation and (ours.std() / deviation - 1).abs() < 0.05
     assert (height / width).log().mean().abs() < 0.005  # tall as often as wide
@@ -181,7 +182,8 @@ def test_colours_are_as_strong_as_simclrs(jitter):
 
 @pytest.mark.parametrize("size", [17, 80])
 def test_a_view_is_torchvisions_steps_in_the_drawn_order(size):
-    pixels, mean, std = (pictures(7, n=40, size=size) * 255).to(torch.uint8), torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
+    pixels = (pictures(7, n=40, size=size) * 255).to(torch.uint8)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
     view = images.draw_view(40, size, "sim", images.generator(2))
     jitters = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     assert view.gray.any() and view.flip.any() and bool((view.sigma > 0).any()) == (size > 64)
@@ -201,5 +203,5 @@ def test_workers_crop_no_more_than_they_are_asked_to_and_stacked_rand_changes_mo
     whole = [pixels[0], pixels[0].flip(2)]
     assert all(any(torch.equal(of("crop", 1.0)[0, k], image) for image in whole) for k in range(20))
     assert not any(torch.equal(of("crop", 0.2)[0, k], image) for k in range(20) for image in whole)
-    change = {name: sum((of(name, 1.0)[0, k].float() - whole[0]).abs().mean() for k in range(60)) for name in ("rand", "stacked-rand")}
-    assert change["stacked-rand"] > 1.2 * change["rand"]
+    change_of = lambda policy: sum((of(policy, 1.0)[0, k].float() - whole[0]).abs().mean() for k in range(60))
+    assert change_of("stacked-rand") > 1.2 * change_of("rand")

@@ -1,12 +1,12 @@
 """Plants one mistake at a time in a copy of the project and shows the first test that catches it.
 
-    python tests/tools/plant_mistakes.py                      all of them; exits 1 if one is not caught or its text is not found
+    python tests/tools/plant_mistakes.py                      all; exits 1 if one is not caught or its text not found
     python tests/tools/plant_mistakes.py --only queue         those whose name or file contains the word
     python tests/tools/plant_mistakes.py --file recipes.py    those of one file
 
 @@TIME@@
-The copy holds the files that git tracks, as they stand. Only the tests that a mistake names run on it, so that one which no
-longer catches it is noticed; first all of these run once without any mistake.
+The copy holds the files that git tracks, as they stand. Only the tests that a mistake names run on it, so that it is
+noticed when they catch it no more; first these run once without any mistake.
 """
 import os
 import re
@@ -31,8 +31,8 @@ settings.register_profile("plant", settings(), derandomize=True, database=None, 
 settings.load_profile("plant")
 """  # failures are not shrunk
 
-# Of each file, its mistakes: (what is wrong, a text that the file holds once, what stands there instead, the tests that see it).
-# "views moves" are tests/test_views.py and tests/test_moves.py.
+# Of each file, its mistakes: (what is wrong, a text that the file holds once, what stands there instead, the tests that
+# see it). "views moves" are tests/test_views.py and tests/test_moves.py.
 MISTAKES = {
     "losses.py": [
         ("drop the 1/|P|", "factor = w / -weight[:, None]", "factor = -w", "losses theory tiles"),
@@ -51,7 +51,8 @@ MISTAKES = {
          "return _product(g, b), _product(g.T, a) if", "return _product(g, b), 0 * b if", "losses theory tiles"),
         ("last view off by one image",
          "return torch.arange(len(z) // views, device=z.device).repeat(views)",
-         "image = torch.arange(len(z) // views, device=z.device)\n    return torch.cat([image.repeat(views - 1), image.roll(1)])",  # LONG
+         "image = torch.arange(len(z) // views, device=z.device)\n"
+         "    return torch.cat([image.repeat(views - 1), image.roll(1)])",
          "losses theory tiles"),
         ("mean over all anchors",
          "loss.sum() / valid.count_nonzero().clamp(min=1)", "loss.sum() / max(len(loss), 1)", "losses theory tiles"),
@@ -130,7 +131,7 @@ MISTAKES = {
         ("a worker's view from its row alone",
          "torch.manual_seed(generator(*key).initial_seed())", "torch.manual_seed(row)", "views"),
         ("mixing drawn from the global generator",
-         "        torch.manual_seed(g.initial_seed())\n        return mix", "        return mix", "labels"),
+         "        torch.manual_seed(g.initial_seed())\n        return mix", "        return mix", "moves"),
         ("keys of one sum share a stream", "np.random.SeedSequence(key)", "np.random.SeedSequence(sum(key))", "moves"),
         ("the classes go round in one order",
          "return rounds[:, torch.randperm(len(groups), generator=g)].flatten()[:n]", "return rounds.flatten()[:n]",
@@ -141,7 +142,8 @@ MISTAKES = {
          "m[: max(1, round(fraction * len(m)))]", "m[: round(fraction * len(m))]", "labels"),
         ("noise may leave the label",
          "torch.randint(1, max(num_classes, 2)", "torch.randint(0, max(num_classes, 2)", "labels"),
-        ("training and test images alike", "size or 32, seed=int(train)", "size or 32, seed=0", "data"),
+        ("the test images are training images", "shapes(10_000 if train else 2_000, size or 32, seed=int(train))",
+         "shapes(10_000, size or 32, seed=1)", "data"),
         ("the first images of a folder are of its first class",
          "for i in torch.randperm(len(folder.samples), generator=generator(0)).tolist()][:limit]",
          "for i in range(len(folder.samples))][:limit]", "data"),
@@ -189,8 +191,8 @@ MISTAKES = {
         ("neighbours under the batch's statistics", "    encoder.eval()\n    parts", "    parts", "log"),
         ("the encoder stays in evaluation after a diagnosis", "encoder.train(was_training)", "encoder.eval()", "log"),
         ("uniformity of raw features", "z = F.normalize(z.detach()).unflatten", "z = z.detach().unflatten", "log"),
-        ("alignment of neighbours in the batch",
-         "losses.alignment(z, views=views).item()", "losses.alignment(z.roll(1, 0), views=views).item()", "log"),
+        ("alignment of rows image by image", "losses.alignment(z, views=views).item()",
+         "losses.alignment(z.unflatten(0, (views, -1)).transpose(0, 1).flatten(0, 1), views=views).item()", "log"),
         ("the rate of the next step",
          "lr = learning_rate(config, step, steps_per_epoch)", "lr = learning_rate(config, step + 1, steps_per_epoch)",
          "log"),
@@ -339,7 +341,8 @@ MISTAKES = {
          "x_kept = x[kept]\n        fitted = fit_cells(lambda epoch: x_kept, labels[kept], ",
          "fitted = fit_cells(lambda epoch: x, labels, ", "probe_parts"),
         ("the worst cell is chosen", "(top1, -nll) > best)", "(top1, -nll) < best)", "probe"),
-        ("of cells that are as accurate the worst calibrated", "(top1, -nll) > best)", "(top1, nll) > best)", "probe_parts"),
+        ("of cells that are as accurate the worst calibrated",
+         "(top1, -nll) > best)", "(top1, nll) > best)", "probe_parts"),
         ("the classifier of standardised features", "biases[0] - (weight * centre).sum(1)", "biases[0]", "probe"),
         ("deviation of a feature that never moves",
          "torch.where(spread > 1e-6, spread, 1)", "spread.clamp(min=1e-6)", "probe"),
@@ -352,7 +355,8 @@ MISTAKES = {
         ("a recipe overrides what is given", "if k not in given | bound}", "if k not in bound}", "defaults"),
         ("the untrained encoder is the trained one",
          "untrained = Frozen(encoder, frozen.mean", "untrained = Frozen(frozen.encoder, frozen.mean", "probe_parts"),
-        ("r is not brought to norm 1", 'F.normalize(r) if self.config.get("normalize_encoder") else r', "r", "probe_parts"),
+        ("r is not brought to norm 1",
+         'F.normalize(r) if self.config.get("normalize_encoder") else r', "r", "probe_parts"),
         ("the encoder's batch norm in training",
          "self.eval().requires_grad_(False)", "self.requires_grad_(False)", "probe_parts"),
         ("both views of the alignment alike", "key=(seed, 8, v)", "key=(seed, 8)", "probe"),
@@ -490,8 +494,8 @@ def first_failure(tests, file=None, old=None, new=None):
     """The first test to fail with `new` for `old` in the file, "" if all pass, None if they did not run."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
-        for name in filter(None, tracked.split("\0")):
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True)
+        for name in filter(None, listed.stdout.split("\0")):
             if (PROJECT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(PROJECT / name, folder / name)
