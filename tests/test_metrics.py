@@ -99,3 +99,8 @@ def test_neighbours_are_200_at_a_temperature_of_7_hundredths_unless_said_otherwi
     assert ours == pytest.approx(ref.knn_top1(bank, bank_y, query, query_y, k=200, tau=0.07))
     for k, tau in ((20, 0.07), (1, 0.07), (200, 0.7)):  # which would give other numbers here
         assert ours != pytest.approx(ref.knn_top1(bank, bank_y, query, query_y, k, tau))
+
+
+def test_where_there_are_no_more_classes_than_are_looked_at_every_label_is_among_them():
+    scores, y = torch.tensor([[3.0, 2, 1], [1, 2, 3]]), torch.tensor([2, 0])
+    assert [metrics.topk(scores, y, k) for k in (1, 2, 3, 5)] == [0, 0, 100, 100]

@@ -11,35 +11,31 @@ import recipes
 # the published runs kept base_temperature .07, so the loss is multiplied by tau/.07.
 REFERENCE = {
     "arch": "resnet50", "stem": "3x3", "batch": 1024, "schedule": "cosine", "warmup": 10, "warmup_from": 0.01,
-    "momentum": 0.9, "augment": "sim",
-    "crop_min": 0.2, "jitter": 0.5, "proj_depth": 2, "proj_dim": 128, "loss": "supcon", "tau": 0.1,
-    "loss_scale": 1.4285714, "epochs": 1000, "lr": 0.5,
-    "weight_decay": 1e-4,
+    "momentum": 0.9, "augment": "sim", "crop_min": 0.2, "jitter": 0.5, "proj_depth": 2, "proj_dim": 128,
+    "loss": "supcon", "tau": 0.1, "loss_scale": 1.4285714, "epochs": 1000, "lr": 0.5, "weight_decay": 1e-4,
 }  # fmt: skip
-REFERENCE_PROBE = {"optimizer": "sgd", "momentum": 0.9, "epochs": 100, "batch": 512, "weight_decay": (0,),
-    "schedule": "step", "lr": (5,)}
+REFERENCE_PROBE = {
+    "optimizer": "sgd", "momentum": 0.9, "epochs": 100, "batch": 512, "weight_decay": (0,), "schedule": "step",
+    "lr": (5,),
+}  # fmt: skip
 # google-research on CIFAR-10: the same views and network, rates per 256 images, warm-up from 0; SupCon times tau.
 OFFICIAL_CIFAR = {
     "dataset": "cifar10", "arch": "resnet50", "stem": "3x3", "schedule": "cosine", "warmup_from": 0, "momentum": 0.9,
-    "augment": "sim", "crop_min": 0.2,
-    "jitter": 0.5,
+    "augment": "sim", "crop_min": 0.2, "jitter": 0.5,
 }  # fmt: skip
 # google-research on ImageNet: 224 pixels, 7x7 stem, crops of (.08, 1), 12 epochs of warm-up from 0, global batch norm.
 OFFICIAL_IMAGENET = {
     "dataset": "folder", "size": 224, "stem": "7x7", "stream": True, "crop_min": 0.08, "schedule": "cosine",
-    "warmup": 12, "warmup_from": 0,
-    "momentum": 0.9, "sync_bn": True,
+    "warmup": 12, "warmup_from": 0, "momentum": 0.9, "sync_bn": True,
 }  # fmt: skip
 # SupCon there: LARS, encoder output on the sphere, one linear layer 2048 -> 128, loss times tau; RMSProp's probe.
 OFFICIAL_SUPCON = OFFICIAL_IMAGENET | {
     "loss": "supcon", "tau": 0.1, "loss_scale": 0.1, "optimizer": "lars", "normalize_encoder": True, "proj_depth": 1,
-    "proj_dim": 128, "weight_decay": 1e-4,
-    "batch": 4096,
+    "proj_dim": 128, "weight_decay": 1e-4, "batch": 4096,
 }  # fmt: skip
 OFFICIAL_PROBE = {
     "optimizer": "rmsprop", "momentum": 0.9, "schedule": "exponential", "warmup": 12, "epochs": 90,
-    "weight_decay": (1e-6,), "label_smoothing": 0.05,
-    "batch": 4096, "lr_per_256": 0.05,
+    "weight_decay": (1e-6,), "label_smoothing": 0.05, "batch": 4096, "lr_per_256": 0.05,
 }  # fmt: skip
 CROSS_ENTROPY = {"loss": "ce", "nesterov": True, "lr_per_256": 0.1}
 
@@ -51,75 +47,96 @@ def without(options, *names):
 PUBLISHED = {
     "cifar10-supcon": (REFERENCE | {"dataset": "cifar10"}, REFERENCE_PROBE),
     "cifar100-supcon": (REFERENCE | {"dataset": "cifar100"}, REFERENCE_PROBE),
-    "cifar10-simclr": (REFERENCE | {"dataset": "cifar10", "loss": "simclr", "tau": 0.5, "loss_scale": 7.1428571},
-    REFERENCE_PROBE | {"lr": (1,)}),
+    "cifar10-simclr": (
+        REFERENCE | {"dataset": "cifar10", "loss": "simclr", "tau": 0.5, "loss_scale": 7.1428571},
+        REFERENCE_PROBE | {"lr": (1,)},
+    ),
     "cifar10-ce": (
-        without(REFERENCE, "tau", "loss_scale", "proj_depth", "proj_dim", "jitter")
-        | {"dataset": "cifar10", "loss": "ce", "augment": "crop", "epochs": 500, "lr": 0.8},
+        without(REFERENCE, "tau", "loss_scale", "proj_depth", "proj_dim", "jitter") | {
+            "dataset": "cifar10", "loss": "ce", "augment": "crop", "epochs": 500, "lr": 0.8,
+        },
         {},
     ),
     "cifar10-supcon-tf": (
-        OFFICIAL_CIFAR | {"loss": "supcon", "tau": 0.1, "loss_scale": 0.1, "batch": 4096, "epochs": 1000,
-        "lr_per_256": 0.5, "weight_decay": 1e-4,
-                          "warmup": 10, "proj_depth": 2, "proj_dim": 128},
+        OFFICIAL_CIFAR | {
+            "loss": "supcon", "tau": 0.1, "loss_scale": 0.1, "batch": 4096, "epochs": 1000, "lr_per_256": 0.5,
+            "weight_decay": 1e-4, "warmup": 10, "proj_depth": 2, "proj_dim": 128,
+        },
         without(REFERENCE_PROBE, "lr") | {"batch": 4096, "lr_per_256": 2.5},
     ),
     "cifar10-simclr-tf": (
-        OFFICIAL_CIFAR | {"loss": "simclr", "tau": 0.5, "loss_scale": 1, "batch": 1024, "epochs": 400,
-        "lr_per_256": 0.5, "weight_decay": 1e-4, "warmup": 10,
-                          "proj_depth": 3, "proj_dim": 128, "sync_bn": True},
-        {"optimizer": "sgd", "momentum": 0.9, "epochs": 90, "batch": 1024, "lr_per_256": 0.25, "weight_decay": (0,),
-        "schedule": "cosine"},
+        OFFICIAL_CIFAR | {
+            "loss": "simclr", "tau": 0.5, "loss_scale": 1, "batch": 1024, "epochs": 400, "lr_per_256": 0.5,
+            "weight_decay": 1e-4, "warmup": 10, "proj_depth": 3, "proj_dim": 128, "sync_bn": True,
+        },
+        {
+            "optimizer": "sgd", "momentum": 0.9, "epochs": 90, "batch": 1024, "lr_per_256": 0.25,
+            "weight_decay": (0,), "schedule": "cosine",
+        },
     ),
-    "cifar10-ce-tf": (OFFICIAL_CIFAR | CROSS_ENTROPY
-    | {"batch": 1024, "epochs": 1000, "weight_decay": 5e-4, "warmup": 12, "sync_bn": True}, {}),
+    "cifar10-ce-tf": (
+        OFFICIAL_CIFAR | CROSS_ENTROPY | {
+            "batch": 1024, "epochs": 1000, "weight_decay": 5e-4, "warmup": 12, "sync_bn": True,
+        },
+        {},
+    ),
     "imagenet-supcon-r50": (
-        OFFICIAL_SUPCON | {"arch": "resnet50", "augment": "auto", "batch": 6144, "epochs": 350, "lr_per_256": 0.4,
-        "weight_decay": 1e-3},
+        OFFICIAL_SUPCON | {
+            "arch": "resnet50", "augment": "auto", "batch": 6144, "epochs": 350, "lr_per_256": 0.4,
+            "weight_decay": 1e-3,
+        },
         OFFICIAL_PROBE | {"batch": 6144},
     ),
-    "imagenet-supcon-r101": (OFFICIAL_SUPCON
-    | {"arch": "resnet101", "augment": "auto", "epochs": 350, "lr_per_256": 0.4}, OFFICIAL_PROBE),
+    "imagenet-supcon-r101": (
+        OFFICIAL_SUPCON | {"arch": "resnet101", "augment": "auto", "epochs": 350, "lr_per_256": 0.4},
+        OFFICIAL_PROBE,
+    ),
     "imagenet-supcon-r200": (
-        OFFICIAL_SUPCON | {"arch": "resnet200", "augment": "stacked-rand", "jitter": 1, "epochs": 700,
-        "lr_per_256": 0.2}, OFFICIAL_PROBE,
+        OFFICIAL_SUPCON | {
+            "arch": "resnet200", "augment": "stacked-rand", "jitter": 1, "epochs": 700, "lr_per_256": 0.2,
+        },
+        OFFICIAL_PROBE,
     ),
     "imagenet-simclr-r50": (
-        OFFICIAL_IMAGENET | {"arch": "resnet50", "loss": "simclr", "tau": 0.1, "loss_scale": 1, "augment": "sim",
-        "jitter": 1, "optimizer": "lars",
-                             "batch": 6144, "epochs": 100, "lr_per_256": 0.3, "weight_decay": 1e-4, "proj_depth": 3,
-                             "proj_dim": 128},
-        {"optimizer": "sgd", "nesterov": True, "momentum": 0.9, "schedule": "cosine", "warmup": 12, "epochs": 90,
-        "batch": 6144, "lr_per_256": 0.1,
-         "weight_decay": (1e-6,), "label_smoothing": 0.05},
+        OFFICIAL_IMAGENET | {
+            "arch": "resnet50", "loss": "simclr", "tau": 0.1, "loss_scale": 1, "augment": "sim", "jitter": 1,
+            "optimizer": "lars", "batch": 6144, "epochs": 100, "lr_per_256": 0.3, "weight_decay": 1e-4,
+            "proj_depth": 3, "proj_dim": 128,
+        },
+        {
+            "optimizer": "sgd", "nesterov": True, "momentum": 0.9, "schedule": "cosine", "warmup": 12, "epochs": 90,
+            "batch": 6144, "lr_per_256": 0.1, "weight_decay": (1e-6,), "label_smoothing": 0.05,
+        },
     ),
     "imagenet-ce-r50": (
-        OFFICIAL_IMAGENET | CROSS_ENTROPY
-        | {"arch": "resnet50", "augment": "auto", "batch": 6144, "epochs": 200, "weight_decay": 1e-4,
-        "label_smoothing": 0.05},
+        OFFICIAL_IMAGENET | CROSS_ENTROPY | {
+            "arch": "resnet50", "augment": "auto", "batch": 6144, "epochs": 200, "weight_decay": 1e-4,
+            "label_smoothing": 0.05,
+        },
         {},
     ),
     "imagenet-ce-r200": (
-        OFFICIAL_IMAGENET | CROSS_ENTROPY
-        | {"arch": "resnet200", "augment": "stacked-rand", "jitter": 1, "batch": 4096, "epochs": 700,
-        "weight_decay": 1e-4,
-                                             "label_smoothing": 0.05},
+        OFFICIAL_IMAGENET | CROSS_ENTROPY | {
+            "arch": "resnet200", "augment": "stacked-rand", "jitter": 1, "batch": 4096, "epochs": 700,
+            "weight_decay": 1e-4, "label_smoothing": 0.05,
+        },
         {},
     ),
     "imagenet-supcon-queue": (  # the paper's section 4 and SupContrast's issue 120; MoCo v2's epochs, rate and views
-        OFFICIAL_IMAGENET | {"arch": "resnet50", "loss": "supcon", "tau": 0.07, "loss_scale": 1, "augment": "sim",
-        "crop_min": 0.2, "jitter": 0.5,
-                             "batch": 256, "epochs": 200, "lr": 0.03, "weight_decay": 1e-4, "warmup": 0, "queue": 8192,
-                             "momentum_encoder": 0.999,
-                             "proj_depth": 2, "proj_dim": 128},
+        OFFICIAL_IMAGENET | {
+            "arch": "resnet50", "loss": "supcon", "tau": 0.07, "loss_scale": 1, "augment": "sim", "crop_min": 0.2,
+            "jitter": 0.5, "batch": 256, "epochs": 200, "lr": 0.03, "weight_decay": 1e-4, "warmup": 0, "queue": 8192,
+            "momentum_encoder": 0.999, "proj_depth": 2, "proj_dim": 128,
+        },
         {},
     ),
     "cifar10-supcon-solo": (
-        {"dataset": "cifar10", "arch": "resnet18", "stem": "3x3", "loss": "supcon-in", "tau": 0.2, "loss_scale": 1,
-        "batch": 256, "epochs": 1000,
-         "lr_per_256": 0.4, "weight_decay": 1e-5, "momentum": 0.9, "schedule": "cosine", "warmup": 10,
-         "warmup_from": 3e-5, "augment": "sim",
-         "crop_min": 0.08, "jitter": 1, "proj_depth": 2, "proj_hidden": 2048, "proj_dim": 256},
+        {
+            "dataset": "cifar10", "arch": "resnet18", "stem": "3x3", "loss": "supcon-in", "tau": 0.2,
+            "loss_scale": 1, "batch": 256, "epochs": 1000, "lr_per_256": 0.4, "weight_decay": 1e-5, "momentum": 0.9,
+            "schedule": "cosine", "warmup": 10, "warmup_from": 3e-5, "augment": "sim", "crop_min": 0.08, "jitter": 1,
+            "proj_depth": 2, "proj_hidden": 2048, "proj_dim": 256,
+        },
         {},
     ),
 }  # fmt: skip
