@@ -104,6 +104,7 @@ def test_a_probe_by_a_recipe_takes_its_numbers_and_features_as_they_are():
     assert cells == [(pytest.approx(0.05 * 6144 / 256), 1e-6)]
     assert holds(fit, optimizer="rmsprop", schedule="exponential", warmup=12, warmup_from=0, label_smoothing=0.05)
     assert probe_of("--recipe", "cifar10-supcon", "--lr", "2", "--lr", "3")[1] == [(2, 0), (3, 0)]
+    assert holds(probe_of("--recipe", "cifar10-supcon", "--epochs", "7")[0], epochs=7, batch=512, schedule="step")
     assert probe_of("--lr-per-256", "0.2", "--batch", "1280")[1][0][0] == pytest.approx(1.0)
 
 

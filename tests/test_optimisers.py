@@ -128,3 +128,20 @@ def test_an_optimiser_by_its_name_has_the_rate_momentum_and_decay_that_are_asked
     assert name != "sgd" or group["nesterov"]
     assert name != "lars" or group["eta"] == 1e-3  # the official code's, as are decay and epsilon
     assert name != "rmsprop" or (group["decay"], group["eps"]) == (0.9, 1e-3)
+
+
+@pytest.mark.parametrize("make", [recipes.LARS, recipes.RMSProp])
+def test_a_step_keeps_the_rate_that_it_was_taken_with(make):
+    """The rate is inside the momentum, v <- momentum v + lr ..., so at a rate of 0 a weight moves on by momentum v."""
+    w = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = make([w], 0.1, momentum=0.9)
+    places = [w.detach().clone()]
+    for rate in (0.1, 0.0, 0.0):
+        optimizer.param_groups[0]["lr"] = rate
+        w.grad = torch.full((2, 3), 0.5)
+        optimizer.step()
+        places.append(w.detach().clone())
+    first, second, third = (after - before for before, after in zip(places, places[1:]))
+    assert (first < 0).all()
+    torch.testing.assert_close(second, 0.9 * first, rtol=1e-3, atol=0)
+    torch.testing.assert_close(third, 0.9 * second, rtol=1e-3, atol=0)
