@@ -140,18 +140,25 @@ def test_augmented_images_of_a_probe_each_have_a_view_of_their_own():
     assert len(torch.cat(shown).unique(dim=0)) == 2 * N
 
 
-def test_noise_of_corruptions_moves_with_image_severity_name_and_seed():
-    grey = torch.full((501, 3, 9, 9), 128, dtype=torch.uint8)  # more than are corrupted at a time
-    test = images.Data(grey, torch.zeros(501, dtype=torch.long), ["a", "b"])
+def test_noise_of_corruptions_moves_with_image_severity_name_and_seed(monkeypatch):
+    """As many images as are corrupted at a time, twice, all alike: each has noise of its own."""
+    grey = torch.full((1000, 3, 9, 9), 128, dtype=torch.uint8)
+    test = images.Data(grey, torch.zeros(1000, dtype=torch.long), ["a", "b"])
+    corrupted, streams = robustness.corrupt, []
+    monkeypatch.setattr(robustness, "corrupt", lambda *a: streams.append(a[-1].initial_seed()) or corrupted(*a))
 
     def signs(name, severity, seed=0):
         made = torch.cat([x for x, _ in robustness.Made(test, seed).batches(name, severity)])
-        return (made > 128).flatten(1)[[0, 1, 500]]
+        return (made > 128).flatten(1)
 
-    assert torch.equal(signs("gaussian_noise", 5), signs("gaussian_noise", 5))
-    others = [signs("gaussian_noise", 4), signs("impulse_noise", 5), signs("gaussian_noise", 5, seed=1)]
-    shown = torch.cat([signs("gaussian_noise", 5), *others])
-    assert len(shown.unique(dim=0)) == 12
+    first, again, other = signs("gaussian_noise", 5), signs("gaussian_noise", 5), signs("gaussian_noise", 4)
+    assert torch.equal(first, again) and len(torch.cat([first, other]).unique(dim=0)) == 2000
+    streams.clear()
+    for name in ("gaussian_noise", "impulse_noise"):
+        for severity in range(1, 6):
+            for seed in range(2):
+                signs(name, severity, seed)
+    assert len(set(streams)) == 2 * 5 * 2 * 2
 
 
 def test_first_weights_move_with_the_seed_and_stay_without():
