@@ -93,3 +93,17 @@ def test_pixelate_and_jpeg_are_pillows():
         picture.save(file, "JPEG", quality=40)
         difference = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).int() - jpeg
         assert not difference.any()
+
+
+def test_corrupted_images_are_cut_off_to_whole_numbers_not_rounded(monkeypatch):
+    monkeypatch.setitem(common.corruptions.OF_FLOATS, "contrast", lambda x, c, g: torch.full_like(x, 100.9 / 255))
+    assert (common.corruptions.corrupt(pictures(1), "contrast", 1, None) == 100).all()
+
+
+@pytest.mark.parametrize("size, table", [(63, "SMALL"), (64, "SMALL"), (65, "LARGE")])
+def test_images_above_64_pixels_are_corrupted_as_imagenets(size, table, monkeypatch):
+    for severity in range(1, 6):
+        seen = []
+        monkeypatch.setitem(common.corruptions.OF_FLOATS, "contrast", lambda x, c, g: seen.append(c) or x)
+        common.corruptions.corrupt(torch.zeros(1, 3, size, size, dtype=torch.uint8), "contrast", severity, None)
+        assert seen == [getattr(common.corruptions, table)["contrast"][severity - 1]]

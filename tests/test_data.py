@@ -1,9 +1,12 @@
 """Data sets: generated, and read from folders."""
+import pytest
 import torch
+import torchvision
 from torchvision.transforms.v2 import functional as TF
 import common.data
 import common.views
 
+from runs import folder_of
 
 
 def test_shapes_are_reproducible_balanced_and_differ_between_training_and_test():
@@ -46,3 +49,81 @@ def test_a_part_of_the_shapes_costs_a_part_of_the_work(monkeypatch):
     monkeypatch.setattr(common.data, "draw_shapes", lambda n, size, g: drawn.append(n) or draw(n, size, g))
     common.data.load_data("shapes", None, True, size=16, limit=common.data.BLOCK + 1)
     assert sum(drawn) == 2 * common.data.BLOCK
+
+
+def test_no_image_that_is_tested_on_is_trained_on():
+    train, test = (common.data.load_data("shapes", None, train, size=16) for train in (True, False))
+    bytes_of = lambda data: {image.numpy().tobytes() for image in data.images}
+    assert len(bytes_of(train)) == 10_000 and len(bytes_of(test)) == 2_000 and not bytes_of(train) & bytes_of(test)
+
+
+def test_the_first_images_of_a_folder_show_all_its_classes(tmp_path):
+    folder_of(tmp_path, ["train"], ["a", "b", "c"], count=8, size=(9, 9))
+    for stream in (False, True):
+        first = common.data.load_data("folder", tmp_path, True, size=8, limit=8, stream=stream)
+        assert len(first.labels) == 8 and set(first.labels.tolist()) == {0, 1, 2}
+
+
+def test_measured_mean_and_deviation_are_those_of_all_pixels_of_a_channel():
+    x = torch.randint(256, (20, 3, 9, 9), generator=common.data.generator(0))
+    x = (x * torch.tensor([1.0, 0.5, 0.25]).view(3, 1, 1)).to(torch.uint8)
+    mean, std = common.data.mean_and_std("folder", x)
+    torch.testing.assert_close(mean, (x / 255).mean((0, 2, 3)))
+    torch.testing.assert_close(std, (x / 255).std((0, 2, 3), correction=0))
+    assert common.data.mean_and_std("folder", torch.zeros_like(x))[1].min() > 0  # of one value, it can be divided by
+
+
+@pytest.mark.parametrize("dataset, mean, std", [
+    ("cifar10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    ("cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+])
+def test_cifar_is_normalised_as_in_the_reference_code(dataset, mean, std):
+    ours = common.data.mean_and_std(dataset, torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    assert [v.tolist() for v in ours] == [pytest.approx(mean), pytest.approx(std)]
+
+
+def test_large_images_are_the_middle_seven_eighths_and_small_ones_all_of_the_shorter_side():
+    image = torch.randint(256, (3, 120, 90), generator=common.data.generator(1)).to(torch.uint8)
+    assert torch.equal(common.data.resize_and_crop(image, 70), TF.center_crop(TF.resize(image, 80, antialias=True), 70))
+    assert torch.equal(common.data.resize_and_crop(image, 64), TF.center_crop(TF.resize(image, 64, antialias=True), 64))
+    assert torch.equal(common.data.resize_and_crop(image[:, :70, :70], 70), image[:, :70, :70])
+
+
+class Stored:
+    """A data set as torchvision hands it over; a pixel of channel k in row i and column j is 60 k + 6 i + j."""
+
+    def __init__(self, root, train=None, split=None, download=None):
+        self.is_train = train if split is None else split == "train"
+        pixels = torch.arange(3).view(3, 1, 1) * 60 + torch.arange(8).view(8, 1) * 6 + torch.arange(8)
+        count = 5 if self.is_train else 3
+        pixels = pixels.expand(count, 3, 8, 8).to(torch.uint8)
+        self.data, self.targets, self.classes = self.layout(pixels), list(range(count)), [str(c) for c in range(5)]
+
+    def layout(self, pixels):
+        return pixels.permute(0, 2, 3, 1).numpy()
+
+
+class StoredSVHN(Stored):
+    labels = property(lambda self: torch.tensor(self.targets).numpy())
+
+    def layout(self, pixels):
+        return pixels.numpy()
+
+
+class StoredFashionMNIST(Stored):
+    def layout(self, pixels):
+        return pixels[:, 0]
+
+
+@pytest.mark.parametrize("dataset, name, stored", [
+    ("cifar10", "CIFAR10", Stored), ("cifar100", "CIFAR100", Stored), ("svhn", "SVHN", StoredSVHN),
+    ("fashionmnist", "FashionMNIST", StoredFashionMNIST),
+])
+def test_torchvisions_data_sets_keep_channels_rows_and_columns_apart(dataset, name, stored, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, name, stored)
+    for train in (True, False):
+        data = common.data.load_data(dataset, "data", train, limit=4)
+        assert data.labels.tolist() == list(range(4 if train else 3)) and data.images.is_contiguous()
+        channels = torch.zeros(3) if dataset == "fashionmnist" else torch.arange(3)
+        expected = channels.view(3, 1, 1) * 60 + torch.arange(8).view(8, 1) * 6 + torch.arange(8)
+        assert all(torch.equal(image, expected.to(torch.uint8)) for image in data.images)

@@ -69,3 +69,38 @@ def test_probe_metrics_by_hand():
     y = torch.tensor([0, 0, 1, 1])  # row 1: 0 taken for 1; row 3: 1 taken for 2
     assert common.metrics.topk(scores, y, 1) == 50 and common.metrics.topk(scores, y, 2) == 75
     assert sorted(common.metrics.worst_confusions(scores, y, ["a", "b", "c"])) == [["a", "b", 50.0], ["b", "c", 50.0]]
+
+
+def test_a_confidence_on_the_edge_of_two_bins_is_in_the_lower_one():
+    """Bins are (a, b]: of four, (0, 1/4] holds 1/4, (1/4, 1/2] holds 1/2, and (3/4, 1] holds 1."""
+    # softmax gives 1/4, 1/2 and 1 exactly
+    quarter, half, sure = [0.0] * 4, [0.0, 0.0, -1e4, -1e4], [1e4, 0.0, 0.0, 0.0]
+    between = torch.tensor([[0.6, 0.2, 0.1, 0.1]], dtype=torch.double).log()
+    scores = torch.cat([torch.tensor([quarter, half, half, sure], dtype=torch.double), between])
+    y = torch.tensor([0, 0, 1, 0, 0])
+    error, table = common.metrics.reliability(scores, y, 4)
+    assert [row[0] for row in table] == [1, 2, 1, 1]
+    assert [row[1] for row in table] == pytest.approx([0.25, 0.5, 0.6, 1.0])
+    assert error == pytest.approx((0.75 + 0 + 0.4 + 0) / 5)
+    assert error == pytest.approx(oracles.expected_calibration_error(scores.softmax(1).numpy(), y.numpy(), 4))
+
+
+def test_accuracy_of_a_class_is_the_share_of_its_own_images():
+    scores = torch.eye(3)[torch.tensor([0, 0, 0, 1, 1, 2])]
+    y = torch.tensor([0, 0, 1, 1, 1, 1])  # class 1: two of four right; class 2 has no image
+    assert common.metrics.per_class(scores, y, ["a", "b", "c"]) == {"a": 100, "b": 50, "c": 0}
+
+
+def test_neighbours_are_200_at_a_temperature_of_7_hundredths_unless_said_otherwise():
+    rng = np.random.default_rng(0)
+    bank_y, query_y = rng.integers(0, 4, 400), rng.integers(0, 4, 150)
+    bank, query = (rng.normal(size=(len(y), 12)) + 0.6 * np.eye(12)[y] for y in (bank_y, query_y))
+    ours = common.metrics.knn_top1(*map(torch.tensor, (bank, bank_y, query, query_y)))
+    assert ours == pytest.approx(oracles.knn_top1(bank, bank_y, query, query_y, k=200, tau=0.07))
+    for k, tau in ((20, 0.07), (1, 0.07), (200, 0.7)):  # which would give other numbers here
+        assert ours != pytest.approx(oracles.knn_top1(bank, bank_y, query, query_y, k, tau))
+
+
+def test_where_there_are_no_more_classes_than_are_looked_at_every_label_is_among_them():
+    scores, y = torch.tensor([[3.0, 2, 1], [1, 2, 3]]), torch.tensor([2, 0])
+    assert [common.metrics.topk(scores, y, k) for k in (1, 2, 3, 5)] == [0, 0, 100, 100]

@@ -117,3 +117,32 @@ def test_schedule_is_the_reference_codes():
     assert rate(48_000) == pytest.approx(0.5e-3)
     config.schedule = "step"
     assert [round(rate(48 * e), 6) for e in (20, 700, 800, 900)] == [0.5, 0.05, 0.005, 0.0005]
+
+
+@pytest.mark.parametrize("name, kind", [("sgd", torch.optim.SGD), ("lars", common.optim.LARS), ("rmsprop", common.optim.RMSProp)])
+def test_an_optimiser_by_its_name_has_the_rate_momentum_and_decay_that_are_asked_for(name, kind):
+    w = torch.nn.Parameter(torch.ones(2, 2))
+    asked = SimpleNamespace(optimizer=name, momentum=0.7, nesterov=name == "sgd")
+    optimizer = common.optim.make_optimizer(asked, [{"params": [w], "weight_decay": 0.03}], 0.2)
+    group, = optimizer.param_groups
+    assert type(optimizer) is kind and (group["lr"], group["momentum"], group["weight_decay"]) == (0.2, 0.7, 0.03)
+    assert name != "sgd" or group["nesterov"]
+    assert name != "lars" or group["eta"] == 1e-3  # the official code's, as are decay and epsilon
+    assert name != "rmsprop" or (group["decay"], group["eps"]) == (0.9, 1e-3)
+
+
+@pytest.mark.parametrize("make", [common.optim.LARS, common.optim.RMSProp])
+def test_a_step_keeps_the_rate_that_it_was_taken_with(make):
+    """The rate is inside the momentum, v <- momentum v + lr ..., so at a rate of 0 a weight moves on by momentum v."""
+    w = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = make([w], 0.1, momentum=0.9)
+    places = [w.detach().clone()]
+    for rate in (0.1, 0.0, 0.0):
+        optimizer.param_groups[0]["lr"] = rate
+        w.grad = torch.full((2, 3), 0.5)
+        optimizer.step()
+        places.append(w.detach().clone())
+    first, second, third = (after - before for before, after in zip(places, places[1:]))
+    assert (first < 0).all()
+    torch.testing.assert_close(second, 0.9 * first, rtol=1e-3, atol=0)
+    torch.testing.assert_close(third, 0.9 * second, rtol=1e-3, atol=0)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common.models
 import common.frozen
 import common.objectives
 import children
@@ -36,12 +37,12 @@ def frozen_statistics(encoder, width):
 
 @contextlib.contextmanager
 def without_batch_statistics():
-    make = pretrain.build_encoder
-    pretrain.build_encoder = lambda *arguments: frozen_statistics(*make(*arguments))
+    make = common.models.build_encoder
+    common.models.build_encoder = lambda *arguments: frozen_statistics(*make(*arguments))
     try:
         yield
     finally:
-        pretrain.build_encoder = make
+        common.models.build_encoder = make
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Views of a batch, against torchvision image by image."""
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
@@ -120,3 +121,88 @@ def test_a_ranks_views_are_its_part_of_the_global_batch():
     whole = common.views.make_view(pixels, draw, mean, std)
     for part in (slice(0, 3), slice(3, 8)):
         assert torch.equal(common.views.make_view(pixels[part], draw.of(part), mean, std), whole[part])
+
+
+def numbers_of(view, size):
+    """What is drawn for each image, (numbers, images); places as a share of the room that the crop leaves."""
+    top, left, height, width = view.box.double().T
+    brightness, contrast, saturation, hue = view.jitter.double().T
+    return torch.stack([
+        top / (size - height).clamp(min=1), left / (size - width).clamp(min=1), height * width, (height / width).log(),
+        view.flip.double(), brightness, contrast, saturation, hue, view.gray.double(), (view.sigma > 0).double(),
+    ])
+
+
+def test_what_is_drawn_of_an_image_is_independent_of_all_else_that_is_drawn_of_it():
+    view = common.views.draw_view(20_000, 224, "sim", common.data.generator(0))
+    has_room = (view.box[:, 2:] < 200).all(1)
+    drawn = numbers_of(view, 224)[:, has_room]
+    correlations = drawn.corrcoef().fill_diagonal_(0)
+    assert drawn.shape[1] > 10_000 and correlations.abs().max() < 0.04  # four deviations of chance
+
+
+def test_what_is_drawn_of_an_image_is_independent_of_its_neighbours_in_the_batch_and_of_its_other_view():
+    first, second = (numbers_of(common.views.draw_view(20_000, 224, "sim", common.data.generator(0, v)), 224) for v in range(2))
+    for other in (first.roll(1, 1), second):
+        same = torch.stack([torch.stack([a, b]).corrcoef()[0, 1] for a, b in zip(first, other)])
+        assert same.abs().max() < 0.03
+
+
+def test_every_place_of_a_crop_is_equally_likely_its_last_one_too():
+    top, left, height, width = common.views.draw_view(40_000, 8, "crop", common.data.generator(0)).box.long().T
+    for place, side in ((top, height), (left, width)):
+        for room in (1, 2, 3):
+            found = torch.bincount(place[side == 8 - room], minlength=room + 1).double()
+            assert len(found) == room + 1 and found.sum() > 2000
+            assert (found / found.sum() - 1 / (room + 1)).abs().max() < 0.04
+
+
+@pytest.mark.seeds_torch
+@pytest.mark.parametrize("crop_min", [0.08, 0.2])
+def test_crops_are_as_large_and_as_tall_as_torchvisions(crop_min):
+    _, _, height, width = common.views.draw_view(20_000, 224, "crop", common.data.generator(0), crop_min=crop_min).box.double().T
+    torch.manual_seed(0)
+    blank = torch.empty(3, 224, 224)
+    draw = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = torch.tensor([draw(blank, (crop_min, 1), (3 / 4, 4 / 3))[2:] for _ in range(5000)]).double()
+    areas, ratios = (height * width, theirs.prod(1)), ((height / width).log(), (theirs[:, 0] / theirs[:, 1]).log())
+    for ours, other in (areas, ratios):
+        deviation = other.std()
+        assert (ours.mean() - other.mean()).abs() < 0.07 * deviation and (ours.std() / deviation - 1).abs() < 0.05
+    assert (height / width).log().mean().abs() < 0.005  # tall as often as wide
+
+
+@pytest.mark.parametrize("jitter", [0.5, 1.0])
+def test_colours_are_as_strong_as_simclrs(jitter):
+    """Factors in 1 +- 0.8 s, hue in +- 0.2 s: at half strength the reference code's ColorJitter(0.4, 0.4, 0.4, 0.1)."""
+    drawn = common.views.draw_view(10_000, 32, "sim", common.data.generator(0), jitter=jitter).jitter
+    for values, middle, reach in zip(drawn.T, (1, 1, 1, 0), (0.8 * jitter, 0.8 * jitter, 0.8 * jitter, 0.2 * jitter)):
+        assert values.min().item() == pytest.approx(middle - reach, abs=0.01 * reach)
+        assert values.max().item() == pytest.approx(middle + reach, abs=0.01 * reach)
+
+
+@pytest.mark.parametrize("size", [17, 80])
+def test_a_view_is_torchvisions_steps_in_the_drawn_order(size):
+    pixels = (pictures(7, n=40, size=size) * 255).to(torch.uint8)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
+    view = common.views.draw_view(40, size, "sim", common.data.generator(2))
+    jitters = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    assert view.gray.any() and view.flip.any() and bool((view.sigma > 0).any()) == (size > 64)
+    for k, got in enumerate(common.views.make_view(pixels, view, mean, std)):
+        x = TF.resized_crop(pixels[k].float() / 255, *view.box[k].int().tolist(), [size, size], antialias=True)
+        x = TF.horizontal_flip(x) if view.flip[k] else x
+        for j in view.order:
+            x = jitters[j](x, view.jitter[k, j].item())
+        x = TF.rgb_to_grayscale(x, 3) if view.gray[k] else x
+        x = TF.gaussian_blur(x, 2 * (size // 20) + 1, [view.sigma[k].item()] * 2) if view.sigma[k] > 0 else x
+        assert torch.allclose(got, TF.normalize(x, mean.tolist(), std.tolist()), atol=5e-4)
+
+
+def test_workers_crop_no_more_than_they_are_asked_to_and_stacked_rand_changes_more_than_rand():
+    pixels = (pictures(8, n=1, size=32) * 255).to(torch.uint8)
+    of = lambda augment, crop_min: common.views.WorkerViews(common.data.Data(pixels, None, None), augment, crop_min)
+    whole = [pixels[0], pixels[0].flip(2)]
+    assert all(any(torch.equal(of("crop", 1.0)[0, k], image) for image in whole) for k in range(20))
+    assert not any(torch.equal(of("crop", 0.2)[0, k], image) for k in range(20) for image in whole)
+    change_of = lambda policy: sum((of(policy, 1.0)[0, k].float() - whole[0]).abs().mean() for k in range(60))
+    assert change_of("stacked-rand") > 1.2 * change_of("rand")

@@ -1,8 +1,12 @@
-"""Plants one mistake at a time in a copy of losses.py and shows which test catches it.
+"""Plants one mistake at a time in a copy of the project and shows the first test that catches it.
 
-    python tests/plant_mistakes.py          a few minutes; exits 1 if a mistake is not caught or its text is not found
+    python tests/tools/plant_mistakes.py                      all; exits 1 if one is not caught or its text not found
+    python tests/tools/plant_mistakes.py --only queue         those whose name or file contains the word
+    python tests/tools/plant_mistakes.py --file recipes.py    those of one file
 
-One line a mistake: the first test that fails of test_losses.py, of test_theory.py and of test_strips.py.
+@@TIME@@
+The copy holds the files that git tracks, as they stand. Only the tests that a mistake names run on it, so that it is
+noticed when they catch it no more; first these run once without any mistake.
 """
 import os
 import re
@@ -10,103 +14,551 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-SUITES = ("tests/test_losses.py", "tests/test_theory.py", "tests/test_strips.py")
+import click
+import hypothesis  # noqa: F401  for the tests, which begin in copies of this process, as torchvision is
+import pytest
+import torch
+import torchvision  # noqa: F401
 
-MISTAKES = [
-    ("drop the 1/|P|", "(w * log_P).sum(1) / -total, valid", "-(w * log_P).sum(1), valid"),
-    ("keep self in A(i)", "_Scores.apply(a, b, own), _fill(", "_Scores.apply(a, b, None), _fill("),
-    ("no maximum before exp", "log_P = s.log_softmax(1)", "log_P = s - s.exp().sum(1, keepdim=True).log()"),
-    ("wrong sign of the contrasts' gradient", "_product(g + g.T, a)", "_product(g - g.T, a)"),
-    ("swap L_in and L_out", "def nt_xent(z: Tensor", "supcon_out, supcon_in = supcon_in, supcon_out\n\ndef nt_xent(z: Tensor"),
-    ("forget log|P| in L_in", "/ -total + total.log(), valid", "/ -total, valid"),
-    ("L_in: X of all rows, not of P(i)", "log_X = log_P.where(p, ABSENT)", "log_X = log_P"),
-    ("detach the contrasts", "_product(g + g.T, a)", "_product(g, a)"),
-    ("another set: its gradient", "return _product(g, b), _product(g.T, a) if", "return _product(g, b), 0 * b if"),
-    (
-        "last view off by one image",
-        "return torch.arange(len(z) // views, device=z.device).repeat(views)",
-        "image = torch.arange(len(z) // views, device=z.device)\n"
-        "    return torch.cat([image.repeat(views - 1), image.roll(1)])",
-    ),
-    ("mean over all anchors", "loss.sum() / valid.count_nonzero().clamp(min=1)", "loss.sum() / max(len(loss), 1)"),
-    ("strips: a lone anchor counts", "(log_sum[0] - of_positives).where(valid, 0), valid", "(log_sum[0] - of_positives), valid"),
-    ("max_margin: a lone anchor counts", "# Hadsell\n    valid = p.any(1)\n    return _reduce(loss.where(valid, 0)", "# Hadsell\n    valid = p.any(1)\n    return _reduce(loss"),
-    ("an anchor without negatives counts", "w = w & n.any(1, keepdim=True) if", "w = w if"),
-    ("tau missing where it is a number", "else float(tau)) ** -0.5", "else 1.0) ** -0.5"),
-    ("strips: self in A(i)", "None if own is None else own + i - J.start", "None"),
-    ("strips: self in the sums of the classes", "sums = sums - itself * rows_1[mine]", "sums = sums - 0 * itself * rows_1[mine]"),
-    ("strips: another row for self in these sums", "mine = slice(own, own + len(y_a))", "mine = slice(0, len(y_a))"),
-    ("strips: a weight that is not a number is none", "own)\n    valid = weight != 0", "own)\n    valid = weight > 0"),
-    ("strips: the roles of these sums", "index_add(0, y_b, rows_1.to(wide))", "index_add(0, y_a, rows_1.to(wide))"),
-    ("strips: what rounding leaves is a weight", "sums[:, -1:] <= remains", "sums[:, -1:] < 0"),
-    ("strips: exp for exp2", "yield I, J, s.exp2_() if mild", "yield I, J, s.exp_() if mild"),
-    ("strips: a result in base 2", "return math.log(2) * (log_sum", "return (log_sum"),
-    ("strips: the mirror's columns forgotten", "if b is None:\n                log_sum_k[", "if False:\n                log_sum_k["),
-    ("strips: the diagonal block mirrored", "_log_sum(part[:, len(s) :], 0, mild)", "_log_sum(part, 0, mild)[: len(a) - I.stop]"),
-    ("strips: the mirror's role forgotten", "for K in ((I, None), J) if b is None else ((I, None),):", "for K in ((I, None),):"),
-    ("strips: the mirror's gradient forgotten", "if b is None:\n            grads[0][I.stop :].addmm_(", "if b is None:\n            torch.zeros_like(grads[0][I.stop :]).addmm_("),
-    ("strips: kept strips out of order", "kept[i // rows]", "kept[-1 - i // rows] if i == 0 and kept[-1].shape == kept[0].shape else kept[0]"),
-    ("strips: kept strips overwrite one another", "a.new_empty(0) if keep else room\n", "room\n"),
-    ("strips: kept strips are changed", "softmax = part  #", "softmax = part.mul_(2) / 2  #"),
-    ("strips: no maximum at large scores", "bool(longest < 60)", "bool(longest < 60**9)"),
-    ("strips: a maximum of the first column", "top = s.amax(axis, keepdim=True)", "top = s.narrow(axis, 0, 1)"),
-    ("strips: an anchor that is left out weighs", "log_sum.masked_fill(g == 0, torch.inf)", "log_sum.clone()"),
-    ("strips: L_in over A(i) twice", "s.where(w, 0 if mild else -torch.inf) if", "s if"),
-    ("strips: nan is a class", "numbers = F.pad((y[1:] != y[:-1])", "numbers = F.pad(((y[1:] != y[:-1]) & y[1:].isfinite())"),
-    ("triplet: an absent negative is near", "d.masked_fill(~n, torch.inf)", "d.masked_fill(~n, 0)"),
-    ("triplet: semihard takes a negative as far as the positive", "right=True)", "right=False)"),
-    ("distances of rows as they lie", "_scores(z - z.mean(0))", "_scores(z)"),
-    ("strips: the mean's contrasts detached", "rows if variant == \"out\" else rows[:, :0], y_a", "(rows if variant == \"out\" else rows[:, :0]).detach(), y_a"),
-    ("strips: which side wants a gradient", "elif of_b:", "elif False:"),
-    ("strips: another set's gradient", "grads[1].addmm_(G.T, a[I])", "grads[1].addmm_(G.T, -a[I])"),
-    ("the precision of another thread lowered", "if self.inside == 0 and self.found not in", "if self.found not in"),
-    ("the precision's switch not locked", "threading.Lock()", "__import__('contextlib').nullcontext()"),
-    ("the precision left behind", "if self.backend.fp32_precision != self.found:", "if False:"),
-]
+PROJECT = Path(__file__).resolve().parents[2]
+AT_A_TIME = 2
+SAME_EXAMPLES = """
+from hypothesis import Phase
+settings.register_profile("plant", settings(), derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+settings.load_profile("plant")
+"""  # failures are not shrunk
+
+# Of each file, its mistakes: (what is wrong, a text that the file holds once, what stands there instead, the tests that
+# see it). "views moves" are tests/test_views.py and tests/test_moves.py.
+MISTAKES = {
+    "losses.py": [
+        ("drop the 1/|P|", "factor = w / -weight[:, None]", "factor = -w", "losses theory tiles"),
+        ("keep self in A(i)",
+         "_Scores.apply(a, b, own), _fill(", "_Scores.apply(a, b, None), _fill(", "losses theory tiles"),
+        ("no maximum before exp",
+         "log_ratio = s.log_softmax(1)", "log_ratio = s - s.exp().sum(1, keepdim=True).log()", "losses theory tiles"),
+        ("wrong sign of the contrasts' gradient",
+         "_product(g + g.T, a)", "_product(g - g.T, a)", "losses theory tiles"),
+        ("swap L_in and L_out",
+         "def nt_xent(z,", "supcon_out, supcon_in = supcon_in, supcon_out\n\n\ndef nt_xent(z,", "losses theory tiles"),
+        ("forget log|P| in L_in", "log_X - weight.log()[:, None]", "log_X", "losses theory tiles"),
+        ("L_in: X of all rows, not of P(i)", "log_X = log_e.where(p, ABSENT)", "log_X = log_e", "losses theory tiles"),
+        ("detach the contrasts", "_product(g + g.T, a)", "_product(g, a)", "losses theory tiles"),
+        ("another set: its gradient",
+         "return _product(g, b), _product(g.T, a) if", "return _product(g, b), 0 * b if", "losses theory tiles"),
+        ("last view off by one image",
+         "return torch.arange(len(z) // views, device=z.device).repeat(views)",
+         "image = torch.arange(len(z) // views, device=z.device)\n"
+         "    return torch.cat([image.repeat(views - 1), image.roll(1)])",
+         "losses theory tiles"),
+        ("mean over all anchors",
+         "loss.sum() / valid.count_nonzero().clamp(min=1)", "loss.sum() / max(len(loss), 1)", "losses theory tiles"),
+        ("tiles: a lone anchor counts",
+         "return loss.where(valid, 0), valid", "return loss, valid", "losses theory tiles"),
+        ("max_margin: a lone anchor counts",
+         "p.any(1)\n    return _reduce(loss.where(valid, 0), valid, reduction)\n\n\n# ",
+         "p.any(1)\n    return _reduce(loss, valid, reduction)\n\n\n# ", "losses theory tiles"),
+        ("an anchor without negatives counts", "w = w & n.any(1, keepdim=True) if", "w = w if", "losses theory tiles"),
+        ("tau missing where it is a number", "else float(tau)) ** -0.5", "else 1.0) ** -0.5", "losses theory tiles"),
+        ("tiles: self in A(i)", "None if own is None else own + i - j", "None", "losses theory tiles"),
+        ("tiles: self in the sums of the classes",
+         "own : last + own], value=-1)", "own : last + own], value=0)", "losses theory tiles"),
+        ("tiles: another row for self in these sums",
+         "y_b[first + own : last + own]\n        itself", "y_a[first:last]\n        itself", "losses theory tiles"),
+        ("tiles: a weight that is not a number is none",
+         "variant)\n    valid = weight != 0", "variant)\n    valid = weight > 0", "losses theory tiles"),
+        ("tiles: self in the gradient of these sums", "None if own is None else -own", "None", "losses theory tiles"),
+        ("tiles: the roles of these sums in the gradient",
+         "_positive_sums(g_sums, y_b, y_a,", "_positive_sums(g_sums, y_a, y_b,", "losses theory tiles"),
+        ("tiles: exp2 for exp", "a[I] / math.log(2) if mild", "a[I] if mild", "losses theory tiles"),
+        ("tiles: the mirror's columns forgotten",
+         "((I, 1), (J, 0)) if both else ((I, 1),)", "((I, 1),)", "losses theory tiles"),
+        ("tiles: the mirror's role forgotten",
+         "c[k, I, None] + c[k, J] if both else c[k, I, None]", "c[k, I, None]", "losses theory tiles"),
+        ("tiles: the same at large scores",
+         "part = part.addcmul_(s.sub_(lse[k, J]).exp_(), g[k, J]) if both else part", "pass", "losses theory tiles"),
+        ("tiles: no maximum at large scores", "bool(longest < 40)", "bool(longest < 40**9)", "losses theory tiles"),
+        ("tiles: an anchor that is left out weighs",
+         "masked_fill(g == 0, torch.inf)", "masked_fill(lse == -torch.inf, torch.inf)", "losses theory tiles"),
+        ("triplet: an absent negative is near",
+         "d.masked_fill(~n, torch.inf)", "d.masked_fill(~n, 0)", "losses theory tiles"),
+        ("triplet: semihard takes a negative as far as the positive",
+         "right=True)", "right=False)", "losses theory tiles"),
+        ("distances of rows as they lie", "_scores(z - z.mean(0))", "_scores(z)", "losses theory tiles"),
+        ("tiles: the mean's contrasts detached",
+         "grads[-1] += _positive_sums(", "grads[-1] += 0 * _positive_sums(", "losses theory tiles"),
+        ("tiles: which side wants a gradient", "if b is None or of_b:", "if b is None:", "losses theory tiles"),
+        ("tiles: another set's gradient",
+         "grads[-1][J].addmm_(w.T, a[I])", "grads[-1][J].addmm_(w.T, a[I] if b is None else -a[I])",
+         "losses theory tiles"),
+        ("what rounding leaves of an overlap of 0 is a positive",
+         "others.masked_fill_(others <= (1e-6 if wide == torch.float32 else 1e-12) * itself, 0)", "pass",
+         "soft_labels"),
+    ],
+    "images.py": [
+        ("the row and the column of a crop from one number",
+         "uniform(0, 1, 2) * (size - sides + 1)", "uniform(0, 1, 1) * (size - sides + 1)", "views"),
+        ("a crop never reaches the last row or column",
+         "(size - sides + 1)).floor()", "(size - sides)).floor()", "views"),
+        ("aspect ratios uniform, not log-uniform",
+         "uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()", "uniform(3 / 4, 4 / 3, 10)", "views"),
+        ("crops of at least a fifth whatever is asked",
+         "area = uniform(crop_min, 1, 10)", "area = uniform(0.2, 1, 10)", "views"),
+        ("one flip for all images",
+         "flip = uniform(0, 1) < 0.5", "flip = (uniform(0, 1) < 0.5)[:1].expand(n)", "views"),
+        ("flipped before the crop, not after", "columns.flip(1), columns)", "columns.flip(2), columns)", "views"),
+        ("the flip and grey from one number",
+         "gray = uniform(0, 1) < 0.2", "gray = flip & (uniform(0, 1) < 0.4)", "views"),
+        ("colours left alone in 2 of 10 images, not changed in 8",
+         "colours[uniform(0, 1) >= 0.8]", "colours[uniform(0, 1) >= 0.2]", "views"),
+        ("hue as strong at any jitter", "uniform(-0.2 * jitter, 0.2 * jitter, 1)", "uniform(-0.2, 0.2, 1)", "views"),
+        ("all colours by the first factor",
+         "view.jitter[:, j, None, None, None]", "view.jitter[:, 0, None, None, None]", "views"),
+        ("no image turns grey", "x = torch.where(view.gray[:, None, None, None], luma(x), x)", "pass", "views"),
+        ("small images are blurred", "* (uniform(0, 1) < 0.5) * (size > SMALL)", "* (uniform(0, 1) < 0.5)", "views"),
+        ("blur by one sigma for all images",
+         "x = torch.where(view.sigma[:, None, None, None] > 0, blur(x, view.sigma), x)",
+         "x = blur(x, view.sigma[:1].expand(len(x)))", "views"),
+        ("saturation against the mean of the image",
+         "return blend(x, luma(x), factor)", "return blend(x, luma(x).mean((2, 3), keepdim=True), factor)", "views"),
+        ("divided by the variance", "/ std.view(3, 1, 1)", "/ std.view(3, 1, 1) ** 2", "views"),
+        ("workers crop by their default", "scale=(crop_min, 1)", "scale=(0.2, 1)", "views"),
+        ("stacked RandAugment at the usual strength",
+         "transforms.RandAugment(magnitude=30)", "transforms.RandAugment()", "views"),
+        ("a worker's view from its row alone",
+         "torch.manual_seed(generator(*key).initial_seed())", "torch.manual_seed(row)", "views"),
+        ("mixing drawn from the global generator",
+         "        torch.manual_seed(g.initial_seed())\n        return mix", "        return mix", "moves"),
+        ("keys of one sum share a stream", "np.random.SeedSequence(key)", "np.random.SeedSequence(sum(key))", "moves"),
+        ("the classes go round in one order",
+         "return rounds[:, torch.randperm(len(groups), generator=g)].flatten()[:n]", "return rounds.flatten()[:n]",
+         "moves"),
+        ("pairs of two classes",
+         "m[: len(m) // 2 * 2].view(-1, 2)", "m[: len(m) // 2 * 2].view(2, -1).T.roll(1, 0)[:, [0, 0]]", "labels"),
+        ("a small class loses its last image in a part",
+         "m[: max(1, round(fraction * len(m)))]", "m[: round(fraction * len(m))]", "labels"),
+        ("noise may leave the label",
+         "torch.randint(1, max(num_classes, 2)", "torch.randint(0, max(num_classes, 2)", "labels"),
+        ("the test images are training images", "shapes(10_000 if train else 2_000, size or 32, seed=int(train))",
+         "shapes(10_000, size or 32, seed=1)", "data"),
+        ("the first images of a folder are of its first class",
+         "for i in torch.randperm(len(folder.samples), generator=generator(0)).tolist()][:limit]",
+         "for i in range(len(folder.samples))][:limit]", "data"),
+        ("rows and columns of CIFAR exchanged",
+         "torch.from_numpy(d.data).permute(0, 3, 1, 2)", "torch.from_numpy(d.data).permute(0, 3, 2, 1)", "data"),
+        ("the test set of SVHN is its training set", 'split="train" if train else "test"', 'split="train"', "data"),
+        ("deviation of CIFAR-100 for CIFAR-10", "(0.2023, 0.1994, 0.2010)", "(0.2675, 0.2565, 0.2761)", "data"),
+        ("deviation is the variance", ".sum(1).sqrt()", ".sum(1)", "data"),
+        ("all of a large image, not its middle", "size * 8 // 7 if size > SMALL else size", "size", "data"),
+        ("a part of a stream keeps the sample of the whole",
+         "data.images[rows[rows < len(data.images)]]", "data.images[: len(rows)]", "labels"),
+    ],
+    "pretrain.py": [
+        ("every epoch shows the same views",
+         "(config.seed, 1, epoch, position, v) for", "(config.seed, 1, position, v) for", "moves"),
+        ("every step of an epoch draws the same views",
+         "(config.seed, 1, epoch, position, v) for", "(config.seed, 1, epoch, v) for", "moves"),
+        ("both views of an image alike",
+         "(config.seed, 1, epoch, position, v) for", "(config.seed, 1, epoch, position) for", "moves"),
+        ("views do not move with the seed",
+         "(config.seed, 1, epoch, position, v) for", "(1, epoch, position, v) for", "moves"),
+        ("workers: every epoch shows the same views",
+         "config.seed, 2, epoch, step, v, i)", "config.seed, 2, step, v, i)", "moves"),
+        ("workers: both views of an image alike",
+         "config.seed, 2, epoch, step, v, i)", "config.seed, 2, epoch, step, i)", "moves"),
+        ("workers: a view by its place in the part",
+         "config.seed, 2, epoch, step, v, i)", "config.seed, 2, epoch, step, v, i - part.start)", "moves"),
+        ("workers: a run that goes on reads from the epoch's beginning",
+         "epoch, range(position, steps_per_epoch), parts)", "epoch, range(steps_per_epoch), parts)", "moves"),
+        ("workers crop by the default",
+         "WorkerViews(data, config.augment, config.crop_min)", "WorkerViews(data, config.augment)", "moves"),
+        ("images cropped in workers are cropped again", '{"crop": not in_workers, ', '{"crop": True, ', "moves"),
+        ("crops by the default", '"crop_min": config.crop_min, "jitter"', '"crop_min": 0.2, "jitter"', "moves"),
+        ("colours by the default", '"jitter": config.jitter}', '"jitter": 0.5}', "moves"),
+        ("every epoch in the same order", "generator(config.seed, 0, epoch))", "generator(config.seed, 0))", "moves"),
+        ("one order for all epochs", "if position == 0 or order is None:", "if order is None:", "moves"),
+        ("order by the seed of all runs", "generator(config.seed, 0, epoch))", "generator(0, epoch))", "moves"),
+        ("every epoch mixes alike",
+         "(config.seed, 3, epoch, position, v, part.start)", "(config.seed, 3, position, v, part.start)", "moves"),
+        ("both views are mixed alike",
+         "(config.seed, 3, epoch, position, v, part.start)", "(config.seed, 3, epoch, position, part.start)", "moves"),
+        ("the same first weights at every seed", "torch.manual_seed(config.seed)", "torch.manual_seed(0)", "moves"),
+        ("a diagnosis with a bank of one image", "bank = max(1, min(", "bank = min(1, min(", "log"),
+        ("a diagnosis of one query", "query = max(1, min(", "query = min(1, min(", "log"),
+        ("neighbours under the batch's statistics", "    encoder.eval()\n    parts", "    parts", "log"),
+        ("the encoder stays in evaluation after a diagnosis", "encoder.train(was_training)", "encoder.eval()", "log"),
+        ("uniformity of raw features", "z = F.normalize(z.detach()).unflatten", "z = z.detach().unflatten", "log"),
+        ("alignment of rows image by image", "losses.alignment(z, views=views).item()",
+         "losses.alignment(z.unflatten(0, (views, -1)).transpose(0, 1).flatten(0, 1), views=views).item()", "log"),
+        ("the rate of the next step",
+         "lr = learning_rate(config, step, steps_per_epoch)", "lr = learning_rate(config, step + 1, steps_per_epoch)",
+         "log"),
+        ("the rate is logged but not taken", '                group["lr"] = lr\n', "                pass\n", "log"),
+        ("gradients add up over the steps", "            optimizer.zero_grad()\n", "", "log queue"),
+        ("NT-Xent numbers images row by row",
+         "images.repeat(V), config.tau", "images.repeat_interleave(V), config.tau", "objectives"),
+        ("supcon-in is supcon", '"in" if config.loss == "supcon-in" else "out"', '"out"', "objectives"),
+        ("every triplet is semi-hard", ", mining=config.mining)", ")", "objectives"),
+        ("the margin of max-margin is triplet's",
+         "1.0 if config.margin is None", "0.2 if config.margin is None", "objectives"),
+        ("N-pair: halves for pairs", "grouped_n_pair(z[0::2], z[1::2]", "grouped_n_pair(*z.chunk(2)", "objectives"),
+        ("N-pair: the norm's mean over the columns too", "z.square().sum(1).mean()", "z.square().mean()", "objectives"),
+        ("cross-entropy alone is not smoothed",
+         "        return cross_entropy(logits, y, config.label_smoothing)\n    loss =",
+         "        return cross_entropy(logits, y)\n    loss =", "objectives"),
+        ("the weights of both losses exchanged",
+         "(1 - config.ce_weight) * loss + config.ce_weight *", "config.ce_weight * loss + (1 - config.ce_weight) *",
+         "model objectives"),
+        ("the loss is not scaled",
+         "loss = config.loss_scale * contrastive_loss(", "loss = contrastive_loss(", "model objectives"),
+        ("collapse among N, not N - 1",
+         "config.loss_scale * math.log(rows - 1)", "config.loss_scale * math.log(rows)", "model"),
+        ("the floor counts images, not rows", "else rows * share - 1", "else config.batch * share - 1", "model"),
+        ("the floor of balanced batches is that of the data",
+         "if config.balanced else share", "if not config.balanced else share", "objectives"),
+        ("the floor without the weights of the classes",
+         "floor = share @ torch", "floor = (share > 0).double() / (share > 0).sum() @ torch", "objectives"),
+        ("the head ends with a ReLU", "nn.Sequential(*layers[:-1])", "nn.Sequential(*layers)", "objectives published"),
+        ("hidden layers as wide as z",
+         "config.proj_hidden or width", "config.proj_hidden or config.proj_dim", "objectives"),
+        ("z of n-pair on the sphere", 'unit = config.loss != "n-pair"', "unit = True", "objectives"),
+        ("z is not normalised", "z = F.normalize(z) if self.unit else z", "pass", "objectives"),
+        ("--normalize-encoder does nothing", "unit_r=config.normalize_encoder", "unit_r=False", "objectives"),
+        ("--ce-detach does nothing", "detach=config.ce_detach", "detach=False", "objectives"),
+        ("the classifier scores z",
+         "self.classifier(r.detach() if self.detach else r)",
+         "self.classifier(F.normalize(r).detach() if self.detach else F.normalize(r))", "objectives"),
+        ("the 3x3 stem keeps its pooling",
+         "nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()", "nn.Conv2d(3, 64, 3, 1, 1, bias=False), net.maxpool",
+         "model"),
+        ("ResNet-200 in torchvision's other depths", "[3, 24, 36, 3]", "[3, 8, 36, 3]", "model"),
+        ("caching: parts joined as they come",
+         "return torch.cat([part.unflatten(0, (views, -1)) for part in rows], 1).flatten(0, 1)",
+         "return torch.cat(list(rows))", "objectives"),
+        ("caching: gradients cut by rows",
+         "rows.unflatten(0, (views, -1)).split(parts[0].stop - parts[0].start, 1)",
+         "rows.unflatten(0, (-1, views)).split(parts[0].stop - parts[0].start, 0)", "objectives"),
+        ("caching: the first part pushes twice",
+         "for rows, grad in zip(parallel(views_of(part)[0]), grads)",
+         "for rows, grad in zip(parallel(views_of(parts[0])[0]), grads)", "objectives"),
+        ("both passes move the running statistics",
+         "m.training and m.track_running_stats]", "m.training and not m.track_running_stats]", "objectives"),
+        ("the momentum encoder follows at once",
+         "mine.lerp_(theirs, 1 - self.momentum)", "mine.lerp_(theirs, self.momentum)", "queue"),
+        ("the queue keeps the oldest",
+         "torch.cat([self.z, z])[-self.size :]", "torch.cat([self.z, z])[: self.size]", "queue"),
+        ("the queue's NT-Xent has positives there",
+         'torch.full_like(y, -1) if config.loss == "simclr" else y', "y", "queue"),
+        ("a run that goes on begins with an empty queue",
+         'load_state(queue, contents.get("queue"), run)', "pass", "queue"),
+        ("a run that goes on forgets its momentum", 'load_state(optimizer, contents["optimizer"], run)', "pass", "log"),
+        ("a run that goes on begins its schedule anew", 'step = resume["step"]', "step = 0", "log"),
+        ("a run that goes on keeps its first weights",
+         "        load_state(module, contents.get(name), run)\n", "        pass\n", "log"),
+        ("the momentum encoder is the model itself",
+         "self.model = copy.deepcopy(model).requires_grad_(False)", "self.model = model", "queue"),
+    ],
+    "run_folder.py": [
+        ("the mean loss is the last one", "math.fsum(self.losses) / len(self.losses)", "self.losses[-1]", "log"),
+        ("the mean loss is the last one of the log",
+         "self.losses, self.lrs, self.checked = [], [], 0",
+         "self.lrs, self.checked = [None] * len(self.losses), len(self.losses)", "log"),
+        ("the losses before a break are forgotten",
+         'self.losses = list(resume.get("losses_of_epoch", ())) if resume else []', "self.losses = []", "log"),
+        ("the seconds before a break are forgotten",
+         '(resume["step"], resume["seconds"]) if resume', '(resume["step"], 0.0) if resume', "log"),
+        ("saves after seconds, not minutes", "> 60 * self.config.save_minutes", "> self.config.save_minutes", "log"),
+        ("saves after every step once its minutes have passed",
+         "self.saved, self.saved_at = step, time.perf_counter()", "self.saved = step", "log"),
+        ("steps counted as epochs from 0",
+         "epoch, rate = -(-step // self.steps_per_epoch)", "epoch, rate = step // self.steps_per_epoch", "log"),
+        ("images a second of all steps",
+         "(len(self.losses) - self.begun_with) * config.batch / (now - self.began)",
+         "len(self.losses) * config.batch / (now - self.clock)", "log"),
+        ("only the last step of an epoch is logged",
+         "if last or step % self.config.log_every == 0:\n            self._note_step",
+         "if last:\n            self._note_step", "log"),
+        ("the log loses the checkpoint's own step", "if step_of(line) > step:", "if step_of(line) >= step:", "log"),
+        ("half a line stays in the log",
+         'if line.endswith(b"\\n") else math.inf', 'if line.endswith(b"}\\n") else 0', "keeping"),
+        ("no checkpoint before this one is kept", ", keep_as=previous)", ")", "log"),
+        ("a checkpoint is written in place", 'aside = path.with_suffix(".tmp")', "aside = path", "keeping"),
+        ("a file that could not be written stays beside",
+         "        aside.unlink(missing_ok=True)\n", "        pass\n", "keeping"),
+        ("a checkpoint may run code",
+         'map_location="cpu", weights_only=True)', 'map_location="cpu", weights_only=False)', "keeping"),
+        ("any file of torch's is a checkpoint",
+         'contents.get("format") != form', 'contents.get("format") is None', "keeping"),
+        ("a checkpoint may lack what is needed",
+         'if wrong:\n        raise Refused(f"{path} is not a',
+         'if len(wrong) == len(entries):\n        raise Refused(f"{path} is not a', "keeping"),
+        ("a folder with steps is begun anew", '["step"] > 0 for path', '["step"] > 99 for path', "keeping"),
+        ("a loss that is not finite is logged", "if not math.isfinite(value):", "if math.isnan(value):", "keeping"),
+        ("weights that are not finite are saved",
+         "if not all(entry.isfinite().all()", "if not all(not entry.isnan().all()", "keeping"),
+        ("the damaged checkpoint takes the good one's place",
+         'os.replace(newest, self.path / "ckpt-damaged.pt")', "pass", "keeping"),
+        ("the earlier parts of a run are forgotten", 'return before.get("earlier", []) + [', "return [", "keeping"),
+        ("a second signal ends the run at once",
+         "lambda number, frame: asked.append(number))",
+         "lambda number, frame: asked.append(number) if not asked else sys.exit(1))", "keeping"),
+    ],
+    "metrics.py": [
+        ("bins [a, b)",
+         "(confidence * bins).ceil().long().clamp(1, bins) - 1", "(confidence * bins).long().clamp(max=bins - 1)",
+         "metrics"),
+        ("calibration error is the mean over the bins",
+         "(count * (table[:, 2] - table[:, 1]).abs()).sum() / len(labels)",
+         "(table[:, 2] - table[:, 1]).abs().mean()", "metrics"),
+        ("overconfident bins cancel underconfident ones",
+         "(table[:, 2] - table[:, 1]).abs()", "(table[:, 2] - table[:, 1])", "metrics"),
+        ("accuracy of a class over what is taken for it",
+         "(100 * table.diagonal() / table.sum(1).clamp(min=1))",
+         "(100 * table.diagonal() / table.sum(0).clamp(min=1))", "metrics"),
+        ("confusions transposed", "labels * n + scores.argmax(1)", "scores.argmax(1) * n + labels", "metrics"),
+        ("neighbours without normalisation", "bank, right = F.normalize(bank), 0", "right = 0", "metrics"),
+        ("every neighbour has one vote", "((s - 1) / tau).exp())", "torch.ones_like(s))", "metrics"),
+        ("twenty neighbours", "k=200, tau=0.07", "k=20, tau=0.07", "metrics"),
+        ("the temperature multiplies",
+         "scores / log_t.clamp(-7, 7).exp()", "scores * log_t.clamp(-7, 7).exp()", "metrics"),
+        ("one class less is looked at",
+         "scores.topk(min(k, scores.shape[1])", "scores.topk(min(k, scores.shape[1] - 1)", "metrics"),
+    ],
+    "linear_probe.py": [
+        ("every epoch of the probe shows the same views", "key=(fit.seed, 6, epoch)", "key=(fit.seed, 6)", "moves"),
+        ("the probe's views do not move with the seed", "key=(fit.seed, 6, epoch)", "key=(0, 6, epoch)", "moves"),
+        ("every five hundred images have the same views",
+         "generator(*key, k), crop_min", "generator(*key), crop_min", "moves"),
+        ("every image of a stream has the same view", "(row, *key, row) if key", "(row, *key) if key", "probe_parts"),
+        ("the probe crops by the default", 'frozen.config.get("crop_min", 0.2)', "0.2", "probe_parts"),
+        ("the step schedule of pretraining", ", marks=(0.6, 0.75, 0.9), factor=0.2)", ")", "probe"),
+        ("one rate for all cells", 'group["lr"] = lr * rate', 'group["lr"] = cells[0][0] * rate', "probe"),
+        ("the mean over the cells", "(K * F.cross_entropy(", "(F.cross_entropy(", "probe"),
+        ("the grid is fitted to what it is chosen on",
+         "x_kept = x[kept]\n        fitted = fit_cells(lambda epoch: x_kept, labels[kept], ",
+         "fitted = fit_cells(lambda epoch: x, labels, ", "probe"),
+        ("the worst cell is chosen", "(top1, -nll) > best)", "(top1, -nll) < best)", "probe"),
+        ("of cells that are as accurate the worst calibrated",
+         "(top1, -nll) > best)", "(top1, nll) > best)", "probe_parts"),
+        ("the classifier of standardised features", "biases[0] - (weight * centre).sum(1)", "biases[0]", "probe"),
+        ("deviation of a feature that never moves",
+         "torch.where(spread > 1e-6, spread, 1)", "spread.clamp(min=1e-6)", "probe"),
+        ("augmented features are not standardised",
+         "(augmented(epoch) - centre) / spread", "augmented(epoch)", "probe_parts"),
+        ("a rate per 256 images per 1024",
+         'per_256 * options["batch"] / 256', 'per_256 * options["batch"] / 1024', "defaults"),
+        ("a recipe's probe is standardised",
+         '{"nesterov": False, "standardize": False, "warmup": 0.0}', '{"nesterov": False, "warmup": 0.0}', "defaults"),
+        ("a recipe overrides what is given", "if k not in given | bound}", "if k not in bound}", "defaults"),
+        ("the untrained encoder is the trained one",
+         "untrained = Frozen(encoder, frozen.mean", "untrained = Frozen(frozen.encoder, frozen.mean", "probe_parts"),
+        ("r is not brought to norm 1",
+         'F.normalize(r) if self.config.get("normalize_encoder") else r', "r", "probe_parts"),
+        ("the encoder's batch norm in training",
+         "self.eval().requires_grad_(False)", "self.requires_grad_(False)", "probe_parts"),
+        ("both views of the alignment alike", "key=(seed, 8, v)", "key=(seed, 8)", "probe"),
+    ],
+    "recipes.py": [
+        ("cifar10-supcon: crops of 0.08",
+         'SIM = {"augment": "sim", "crop_min": 0.2', 'SIM = {"augment": "sim", "crop_min": 0.08', "published"),
+        ("half the colours",
+         '"crop_min": 0.2, "jitter": 0.5}  # colour', '"crop_min": 0.2, "jitter": 0.25}  # colour', "published"),
+        ("imagenet: crops of 0.2", '"stream": True, "crop_min": 0.08', '"stream": True, "crop_min": 0.2', "published"),
+        ("z of 64 numbers",
+         'HEAD = {"proj_depth": 2, "proj_dim": 128}', 'HEAD = {"proj_depth": 2, "proj_dim": 64}', "published"),
+        ("solo-learn's head as wide as its encoder",
+         '"proj_depth": 2, "proj_hidden": 2048', '"proj_depth": 2, "proj_hidden": 512', "published"),
+        ("cifar: the stem of ImageNet",
+         '"arch": "resnet50", "stem": "3x3"', '"arch": "resnet50", "stem": "7x7"', "published"),
+        ("imagenet-supcon: r as it is",
+         '"normalize_encoder": True, "proj_depth": 1', '"normalize_encoder": False, "proj_depth": 1', "published"),
+        ("queue: a momentum of 0.99", '"momentum_encoder": 0.999', '"momentum_encoder": 0.99', "published"),
+        ("SimCLR scaled as SupCon", '"loss_scale": 0.5 / 0.07', '"loss_scale": 0.1 / 0.07', "published"),
+        ("the probe decays",
+         '"batch": 512, "weight_decay": (0.0,)', '"batch": 512, "weight_decay": (1e-4,)', "published"),
+        ("one momentum for all",
+         'PROBE_IMAGENET = {\n    "optimizer": "rmsprop", "momentum": 0.9',
+         'PROBE_IMAGENET = {\n    "optimizer": "rmsprop", "momentum": 0.99', "published"),
+        ("SimCLR's tau is SupCon's", '"simclr": Defaults(0.5, 2', '"simclr": Defaults(0.1, 2', "published defaults"),
+        ("triplets are scaled by tau",
+         '"triplet": Defaults(None, 2, 0.5, False)', '"triplet": Defaults(None, 2, 0.1, False)', "published defaults"),
+        ("cosine to 0",
+         "1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * t)) / 2", "(1 + math.cos(math.pi * t)) / 2", "optimisers"),
+        ("half a period of the cosine", "math.cos(math.pi * t)", "math.cos(math.pi * t / 2)", "optimisers"),
+        ("steps after their marks",
+         "sum(t >= mark for mark in marks)", "sum(t > mark for mark in marks)", "optimisers"),
+        ("the exponential decays every epoch",
+         "math.floor(2 * max(epoch, 0))", "math.floor(max(epoch, 0))", "optimisers"),
+        ("the exponential decays during the warm-up",
+         "step / steps_per_epoch - config.warmup", "step / steps_per_epoch", "optimisers"),
+        ("warm-up to the peak, not to the schedule's value",
+         "(planned(warm) - config.warmup_from) * step / warm", "(config.lr - config.warmup_from) * step / warm",
+         "optimisers"),
+        ("LARS: the ratio upside down", 'group["eta"] * a / b', 'group["eta"] * b / a', "optimisers"),
+        ("LARS: the decay outside the ratio's norm",
+         "a, b = w.norm(), g.norm()", "a, b = w.norm(), w.grad.norm()", "optimisers"),
+        ("LARS: the rate outside the momentum",
+         'v.mul_(group["momentum"]).add_(group["lr"] * ratio * g)\n                w.sub_(v)',
+         'v.mul_(group["momentum"]).add_(ratio * g)\n                w.sub_(group["lr"] * v)', "optimisers"),
+        ("LARS: vectors decay and adapt", "if w.ndim > 1:", "if w.ndim > 0:", "optimisers"),
+        ("RMSProp: epsilon outside the root", '(s + group["eps"]).sqrt()', '(s.sqrt() + group["eps"])', "optimisers"),
+        ("RMSProp: the mean square from 0",
+         '"square": torch.ones_like(w)', '"square": torch.zeros_like(w)', "optimisers"),
+        ("LARS of the default momentum",
+         "return LARS(groups, lr, config.momentum)", "return LARS(groups, lr)", "optimisers"),
+        ("no Nesterov", ", nesterov=config.nesterov)", ")", "optimisers"),
+    ],
+    "options.py": [
+        ("the rate per 256 images per 1024",
+         "config.lr_per_256 * config.batch / 256", "config.lr_per_256 * config.batch / 1024", "defaults"),
+        ("the default rate at any batch", "defaults.lr * config.batch / 1024", "defaults.lr", "defaults"),
+        ("the loss is scaled by tau",
+         "config.tau / 0.07 if defaults.scaled", "config.tau if defaults.scaled", "defaults"),
+        ("ten epochs of warm-up in any run", '"warmup": min(10.0, config.epochs / 10)', '"warmup": 10.0', "defaults"),
+        ("warm-up from above the peak", '"warmup_from": min(0.01, config.lr)', '"warmup_from": 0.01', "defaults"),
+        ("decay of 1e-3",
+         '"--weight-decay", type=NOT_NEGATIVE, default=1e-4', '"--weight-decay", type=NOT_NEGATIVE, default=1e-3',
+         "defaults"),
+        ("the ImageNet stem at 64 pixels", '"3x3" if size <= SMALL', '"3x3" if size < SMALL', "defaults"),
+        ("batches of 256", "64 if light else 1024", "64 if light else 256", "defaults"),
+        ("a resumed run may change its temperature",
+         'MAY_CHANGE = {"epochs", ', 'MAY_CHANGE = {"epochs", "tau", ', "defaults"),
+        ("the scale of a preset's loss goes with another loss",
+         '"loss": {"tau", "loss_scale", ', '"loss": {"tau", ', "defaults"),
+        ("a preset's rate beats one that is given per 256 images", '    "lr_per_256": {"lr"},\n', "", "defaults"),
+        ("a run goes on with fewer images",
+         "if len(data.labels) != contents.get", "if len(data.labels) > contents.get", "defaults"),
+    ],
+    "robustness.py": [
+        ("the noise of every severity alike", "NAMES.index(name), severity, k)", "NAMES.index(name), k)", "moves"),
+        ("every five hundred images have the same noise",
+         "NAMES.index(name), severity, k)", "NAMES.index(name), severity)", "moves"),
+        ("every corruption draws the same noise",
+         "generator(self.seed, 9, NAMES.index(name), severity, k)", "generator(self.seed, 9, severity, k)", "moves"),
+        ("severities of CIFAR-10-C one off", "first = (severity - 1) * n", "first = severity % 5 * n", "robustness"),
+        ("mCE is the ratio of the means",
+         "sum(np.mean(e) / ALEXNET[name] for name, e in errors.items()) / len(errors)",
+         "np.mean(list(errors.values())) / np.mean([ALEXNET[name] for name in errors])", "robustness"),
+        ("relative mCE without AlexNet's clean error",
+         "(ALEXNET[name] - ALEXNET_CLEAN)", "ALEXNET[name]", "robustness"),
+        ("mCE of some corruptions",
+         'if kind == "ImageNet-C" and len(errors) == len(NAMES):', 'if kind == "ImageNet-C":', "robustness"),
+        ("accuracy by corruption, not by severity",
+         "np.mean([e[s] for e in errors.values()])) for s", "np.mean(list(errors.values())[s % len(errors)])) for s",
+         "robustness"),
+        ("an interrupted test of other images is taken up",
+         "if found | about == found:", "if found.keys() >= about.keys():", "robustness"),
+        ("error is accuracy", "(scores.argmax(1) != labels)", "(scores.argmax(1) == labels)", "robustness"),
+    ],
+    "corruptions.py": [
+        ("severities from 0", "[name][severity - 1]", "[name][severity % 5]", "corruptions"),
+        ("rounded, not cut off",
+         "(x.clamp(0, 1) * 255).to(torch.uint8)", "(x.clamp(0, 1) * 255).round().to(torch.uint8)", "corruptions"),
+        ("64 pixels are large", "images.shape[-1] <= 64 else LARGE", "images.shape[-1] < 64 else LARGE", "corruptions"),
+        ("variance for deviation", "x + c * torch.randn", "x + c**2 * torch.randn", "corruptions"),
+        ("impulses all white", "torch.where(hit, white.float(), x)", "torch.where(hit, 1.0, x)", "corruptions"),
+        ("contrast about the mean of the batch",
+         "mean = x.mean((2, 3), keepdim=True)", "mean = x.mean()", "corruptions"),
+        ("brightness added to every channel",
+         "torch.where(value > 0, x * raised / value.clamp(min=1e-6), raised)", "(x + c).clamp(max=1)", "corruptions"),
+        ("zoom blur without the image itself", "total / (count + 1)", "total / count", "corruptions"),
+        ("shot noise of another exposure",
+         "torch.poisson(x * c, generator=g) / c", "torch.poisson(x * c, generator=g) / c + x - x.mean()",
+         "corruptions"),
+        ("pixelated by the default filter", '{"interpolation": InterpolationMode.BOX}', "{}", "corruptions"),
+        ("ImageNet-C's displacements at 224 pixels", "H * 244 / 224", "H", "corruptions"),
+    ],
+    "reference_numpy.py": [
+        ("oracle: the anchor is among its contrasts", "if a != i]\ndef _positives", "]\ndef _positives", "reference"),
+        ("oracle: L_in without 1/|P|",
+         "log_mean = _lse([np.log(w[p]) + log_ratio[p] for p in w])", "log_mean = _lse([log_ratio[p] for p in w])",
+         "reference"),
+        ("oracle: the gradient of the anchor's role alone",
+         "        grad[a] += g_ia * slope(z[a], z[i])\n", "", "reference"),
+        ("oracle: the mean over all rows", "sum(L.values()) / max(1, len(L))", "sum(L.values()) / len(z)", "reference"),
+        ("oracle: bins [a, b)",
+         "(m - 1) / bins < max(p[i]) <= m / bins", "(m - 1) / bins <= max(p[i]) < m / bins", "metrics"),
+        ("oracle: LARS adapts vectors", "if w.ndim > 1:", "if w.ndim > 0:", "optimisers"),
+        ("oracle: neighbours of raw rows", "q @ b / np.linalg.norm(q) / np.linalg.norm(b)", "q @ b", "metrics"),
+        ("oracle: the clean error once for all severities",
+         "{c: [e - clean for e in errors[c]] for c in errors}",
+         "{c: [e - clean / 5 for e in errors[c]] for c in errors}", "robustness"),
+    ],
+}  # fmt: skip
 
 
-def first_failure(losses_text, suite):
-    """The first failing test of the suite against this losses.py, "" if all pass, None if they did not run."""
+def first_failure(tests, file=None, old=None, new=None):
+    """The first test to fail with `new` for `old` in the file, "" if all pass, None if they did not run."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        shutil.copytree(PROJECT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        shutil.copy(PROJECT / "reference_numpy.py", folder)
-        (folder / "losses.py").write_text(losses_text)
-        with (folder / "tests" / "conftest.py").open("a") as conftest:  # same examples every time, failures not shrunk
-            conftest.write(
-                "\nfrom hypothesis import Phase\n"
-                "settings.register_profile('plant', settings(), derandomize=True, database=None,\n"
-                "                          phases=[Phase.explicit, Phase.generate])\n"
-                "settings.load_profile('plant')\n"
-            )
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", suite]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    failed = re.search(r"^FAILED \S+::(.*?)(?: - .*)?$", run.stdout, re.MULTILINE)
-    return failed[1] if failed else "" if run.returncode == 0 else None
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True)
+        for name in filter(None, listed.stdout.split("\0")):
+            if (PROJECT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(PROJECT / name, folder / name)
+        if file:
+            (folder / file).write_text((folder / file).read_text().replace(old, new))
+        with (folder / "tests" / "conftest.py").open("a") as conftest:
+            conftest.write(SAME_EXAMPLES)
+        process = os.fork()
+        if process == 0:
+            run_pytest(folder, tests)
+        _, status = os.waitpid(process, 0)
+        output = (folder / "output").read_text()
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+?::.*?)(?: - .*)?$", output, re.MULTILINE)
+    return failed[1] if failed else "" if status == 0 else None
 
 
-def main():
-    right = (PROJECT / "losses.py").read_text()
-    for suite in SUITES:
-        failure = first_failure(right, suite)
-        if failure != "":
-            sys.exit(f"{suite} fails without any mistake: {failure or 'it does not run'}")
-    missed = 0
-    print("mistake | caught by, in test_losses.py | in test_theory.py | in test_strips.py")
-    for name, old, new in MISTAKES:
-        if right.count(old) != 1:
-            caught = [f"TEXT FOUND {right.count(old)} TIMES"]
-            missed += 1
-        else:
-            caught = [first_failure(right.replace(old, new), suite) for suite in SUITES]
-            missed += not any(caught)
-        print(name, *(c or ("-" if c == "" else "did not run") for c in caught), sep=" | ", flush=True)
-    print(f"{len(MISTAKES) - missed} of {len(MISTAKES)} caught")
-    sys.exit(missed > 0)
+def run_pytest(folder, tests):
+    """And end. In a process that has torch already: importing it takes longer than most of the tests."""
+    code = 1
+    try:
+        os.chdir(folder)
+        with open("output", "w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        paths = [f"tests/test_{name}.py" for name in tests.split()]
+        code = int(pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *paths]))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def caught_by(file, name, old, new, tests):
+    """(caught, what is said of it)."""
+    count = (PROJECT / file).read_text().count(old)
+    if count != 1:
+        return False, f"TEXT FOUND {count} TIMES"
+    failure = first_failure(tests, file, old, new)
+    return bool(failure), failure or ("NOT CAUGHT" if failure == "" else "TESTS DID NOT RUN")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--only", metavar="WORD", default="", help="Mistakes whose name or file contains the word.")
+@click.option("--file", "one_file", metavar="FILE", help="Mistakes of this file.")
+def main(only, one_file):
+    """Plants mistakes and shows which test catches each."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    chosen = [(file, *mistake) for file, mistakes in MISTAKES.items() if one_file in (None, file)
+              for mistake in mistakes if only in file or only in mistake[0]]  # fmt: skip
+    if not chosen:
+        sys.exit("no mistake is so called")
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        needed = sorted({name for *_, tests in chosen for name in tests.split()})
+        for name, failure in zip(needed, pool.map(first_failure, needed)):
+            if failure != "":
+                pool.shutdown(cancel_futures=True)
+                sys.exit(f"tests/test_{name}.py fails without any mistake: {failure or 'it does not run'}")
+        caught = 0
+        for (file, name, *_), (found, words) in zip(chosen, pool.map(lambda mistake: caught_by(*mistake), chosen)):
+            print(file, name, words, sep=" | ", flush=True)
+            caught += found
+    print(f"{caught} of {len(chosen)} caught")
+    sys.exit(caught < len(chosen))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,155 @@
+"""The parts of a run's folder, one by one: what is written there, what is kept, what is read again."""
+import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import common.cli
+import common.journal
+import common.run_folder
+
+
+
+def contents(step, **entries):
+    return {"format": common.run_folder.FORMAT, "config": {}, "step": step, "seconds": 0.0, "optimizer": {},
+            "encoder": {"w": torch.full((2,), float(step))}, "mean": torch.zeros(3), "std": torch.ones(3),
+            "classes": ["a"]} | entries
+
+
+def steps_in(folder):
+    return {path.name: common.run_folder.load_checkpoint(path)["step"] for path in folder.glob("ckpt*.pt")}
+
+
+def test_the_log_keeps_the_checkpoints_own_step_and_no_half_line(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for half in ('{"step": 2', '{"step": 2}', '{"st', ""):
+        log.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "epoch": 1}\n' + half)
+        common.run_folder.cut_log(log, 2)
+        assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "epoch": 1}\n'
+    common.run_folder.cut_log(log, 1)
+    assert log.read_text() == '{"step": 1}\n'
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path):
+    file = tmp_path / "ckpt.pt"
+    common.run_folder.write_aside(file, lambda f: f.write(b"first"))
+
+    def fails(f):
+        f.write(b"sec")
+        raise OSError
+
+    with pytest.raises(OSError):
+        common.run_folder.write_aside(file, fails)
+    assert file.read_bytes() == b"first" and list(tmp_path.iterdir()) == [file]
+    common.run_folder.write_aside(file, lambda f: f.write(b"second"), keep_as=tmp_path / "previous")
+    assert file.read_bytes() == b"second" and (tmp_path / "previous").read_bytes() == b"first"
+
+
+def test_the_newest_checkpoint_and_the_one_before_it_are_kept(tmp_path):
+    folder = common.run_folder.RunFolder(tmp_path / "run", {}, contents(0))
+    for step in (3, 5):
+        folder.save(contents(step))
+    folder.close()
+    assert steps_in(tmp_path / "run") == {"ckpt.pt": 5, "ckpt-previous.pt": 3}
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path):
+    run = tmp_path / "run"
+    folder = common.run_folder.RunFolder(run, {}, contents(0))
+    folder.save(contents(3))
+    folder.close()
+    (run / "ckpt.pt").write_bytes(b"cut short")
+    found, warning = common.run_folder.newest_checkpoint(run)
+    assert found["step"] == 0 and "cannot be read" in warning
+    folder = common.run_folder.RunFolder(run, {}, step=0)
+    assert (run / "ckpt-damaged.pt").read_bytes() == b"cut short"
+    folder.save(contents(4))
+    folder.close()
+    (run / "ckpt-damaged.pt").unlink()
+    assert steps_in(run) == {"ckpt.pt": 4, "ckpt-previous.pt": 0}
+
+
+def test_a_checkpoint_runs_no_code_and_lacks_nothing(tmp_path):
+    class Mischief:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    good, path = contents(1), tmp_path / "ckpt.pt"
+    mischief, other_kind = {"config": {"x": Mischief()}}, {"format": "supcon-probe-2"}
+    for bad in (mischief, other_kind, {"encoder": None}, {"step": "1"}, {"mean": [0.0] * 3}):
+        torch.save(good | bad, path)
+        with pytest.raises(common.cli.Refused):
+            common.run_folder.load_checkpoint(path)
+        assert not (tmp_path / "ran").exists()
+    torch.save(good, path)
+    assert common.run_folder.load_checkpoint(path)["step"] == 1
+
+
+def test_a_new_run_takes_no_folder_in_which_steps_would_be_lost(tmp_path):
+    torch.save(contents(1), tmp_path / "ckpt.pt")
+    with pytest.raises(common.cli.Refused, match="already holds a run"):
+        common.run_folder.refuse_unusable(tmp_path, resuming=False)
+    common.run_folder.refuse_unusable(tmp_path, resuming=True)
+    torch.save(contents(0), tmp_path / "ckpt.pt")  # killed before its first step
+    common.run_folder.refuse_unusable(tmp_path, resuming=False)
+
+
+def journal(folder, monkeypatch, weight=0.0):
+    """(a Journal, and a function that notes the next step's loss and rate)."""
+    monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
+    config = SimpleNamespace(batch=5, epochs=9, save_minutes=10, log_every=2, run=folder)
+    saved = contents(0, encoder={"w": torch.tensor([weight])})
+    run = SimpleNamespace(config=config, step=0, steps_per_epoch=100, total_steps=900, checkpoint=lambda *of: saved)
+    made = common.journal.Journal(run, 1, None, None)
+
+    def note(loss, rate):
+        run.step += 1
+        made.note_step(run, torch.tensor(loss), rate)
+
+    return made, run, note
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_no_number_is_refused_with_its_own_step_and_rate(loss, tmp_path, monkeypatch):
+    _, _, note = journal(tmp_path / "run", monkeypatch)
+    for value, rate in ((1.0, 0.1), (2.0, 0.2), (loss, 0.3)):
+        note(value, rate)
+    with pytest.raises(common.cli.Refused, match=r"at step 3 \(learning rate 0.3\)"):
+        note(1.0, 0.4)
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_saved(weight, tmp_path, monkeypatch):
+    noted, run, note = journal(tmp_path / "run", monkeypatch, weight)
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    note(1.0, 0.1)
+    with pytest.raises(common.cli.Refused, match="a weight is not finite at step 1"):
+        noted.save(run)
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+
+
+def test_what_every_part_of_a_run_ran_on_is_kept(tmp_path):
+    run = tmp_path / "run"
+    common.run_folder.RunFolder(run, {"device": "a", "options": {"epochs": 1}}, contents(0)).close()
+    for device in "bc":
+        common.run_folder.RunFolder(run, {"device": device, "options": {"epochs": 2}}, step=0).close()
+    about = json.loads((run / "config.json").read_text())
+    assert about == {"device": "c", "options": {"epochs": 2}, "earlier": [{"device": "a"}, {"device": "b"}]}
+
+
+def test_signals_are_noted_however_many_come():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with common.run_folder.signals_noted() as asked:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+                signal.raise_signal(number)
+        assert asked == [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with common.run_folder.signals_noted() as asked:
+        assert not asked
+    assert {number: signal.getsignal(number) for number in before} == before  # where none came, they are as they were

@@ -1,0 +1,221 @@
+"""What must move from epoch to epoch, step to step, view to view, image to image and seed to seed does move; what must
+stay (the same seed, a run that goes on, another number of ranks, parts or workers) stays, bit by bit."""
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common.data
+import common.frozen
+import common.views
+import linear_probe
+import pretrain
+import robustness
+
+pytestmark = pytest.mark.seeds_torch
+N, SIZE, BATCH, STEPS, V = 12, 32, 6, 2, 2  # an epoch has two steps
+WAYS = {
+    "on the device": {"augment": "sim"},
+    "in workers": {"augment": "auto"},
+    "in workers, colours on the device": {"augment": "stacked-rand"},
+}
+LABELS = torch.arange(N) % 3
+PICTURE = (255 * torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))).to(torch.uint8)
+ALIKE = common.data.Data(PICTURE.expand(N, 3, SIZE, SIZE), LABELS, ["a", "b", "c"])  # so that only the views can differ
+ROWS = torch.arange(N, dtype=torch.uint8).view(N, 1, 1, 1)
+NUMBERED = ALIKE._replace(images=ROWS.expand(N, 3, SIZE, SIZE))  # an image is its row
+
+
+def batches(data, first=0, rank=0, world=1, **options):
+    """Of each step from the first one on (views (V, images of the rank, 3, H, W), their labels (V, ...))."""
+    config = {"seed": 0, "views": V, "batch": BATCH, "size": SIZE, "augment": "sim", "crop_min": 0.2, "jitter": 0.5,
+              "loss": "supcon", "balanced": False, "stream": False, "mix": None, "mix_alpha": 1.0, "num_classes": 3,
+              "workers": 0}
+    config = SimpleNamespace(**config | {"epochs": 2, "micro_batch": None} | options)
+    if config.stream:
+        data = data._replace(files=data.images)  # read_image is the identity, see below
+    ranks = SimpleNamespace(device=torch.device("cpu"), rank=rank, world=world)
+    source = common.views.make_batches(config, data, ranks, torch.zeros(3), torch.ones(3), first)
+    for batch in source:
+        parts = [part.views() for part in batch.split(config.micro_batch or len(batch))]
+        yield [pretrain.join(rows, V).unflatten(0, (V, -1)) for rows in zip(*parts)]
+
+
+@pytest.fixture(autouse=True)
+def files_are_images(monkeypatch):
+    monkeypatch.setattr(common.views, "read_image", lambda image: image)
+
+
+def views(*arguments, **options):
+    return torch.stack([x for x, _ in batches(*arguments, **options)])  # (steps, V, images, 3, H, W)
+
+
+def order(**options):
+    """The rows that the steps show, (steps, images)."""
+    return (255 * views(NUMBERED, augment="none", **options)[:, 0, :, 0, 0, 0]).round().long()
+
+
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
+
+
+@ways
+def test_no_two_views_of_a_picture_in_two_epochs_are_alike(way):
+    shown = views(ALIKE, **way).flatten(0, 2)
+    assert len(shown.unique(dim=0)) == 2 * STEPS * V * BATCH
+
+
+@ways
+def test_views_move_with_the_seed_and_stay_without(way):
+    first, again, other = views(ALIKE, **way), views(ALIKE, **way), views(ALIKE, seed=1, **way)
+    assert torch.equal(first, again)
+    assert len(torch.cat([first, other]).flatten(0, 2).unique(dim=0)) == 2 * first.flatten(0, 2).shape[0]
+
+
+@ways
+def test_views_stay_in_a_run_that_goes_on_amid_an_epoch(way):
+    whole = views(ALIKE, **way)
+    for step in range(1, 2 * STEPS):
+        assert torch.equal(views(ALIKE, step, **way), whole[step:])
+    assert torch.equal(order(first=1), order()[1:])
+
+
+@ways
+def test_views_do_not_depend_on_ranks_and_parts(way):
+    whole = views(ALIKE, **way)
+    assert torch.equal(views(ALIKE, micro_batch=3, **way), whole)
+    assert torch.equal(views(ALIKE, rank=1, world=3, **way), whole[:, :, 2:4])
+    assert torch.equal(views(ALIKE, rank=1, world=3, micro_batch=1, **way), whole[:, :, 2:4])
+
+
+def test_views_do_not_depend_on_the_number_of_workers():
+    none, two = (views(ALIKE, 1, augment="auto", workers=workers) for workers in (0, 2))
+    assert torch.equal(none, two)
+
+
+@pytest.mark.parametrize("options", [{}, {"balanced": True}, {"loss": "n-pair"}], ids=["shuffled", "balanced", "pairs"])
+def test_the_order_of_the_images_moves_with_epoch_and_seed(options):
+    first, second = order(**options).view(2, N)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(N))  # an epoch shows every image once
+    assert not torch.equal(first, second)
+    assert not torch.equal(order(seed=1, **options).view(2, N)[0], first)
+
+
+@pytest.mark.parametrize("ordered", [common.views.shuffled_balanced, common.views.shuffled_pairs])
+def test_the_order_of_the_classes_moves_too(ordered):
+    labels = torch.arange(5).repeat(4)
+    first = {labels[ordered(labels, common.data.generator(0, epoch))[0]].item() for epoch in range(40)}
+    assert first == set(range(5))
+
+
+def test_labels_go_with_their_images():
+    for x, y in batches(NUMBERED, augment="none"):
+        assert torch.equal(LABELS[(255 * x[:, :, 0, 0, 0]).round().long()], y)
+
+
+@pytest.mark.parametrize("how", ["mixup", "cutmix"])
+def test_mixing_moves_with_epoch_step_view_and_seed(how):
+    pure = torch.eye(3)
+    shares = []
+    for seed in (0, 0, 1):
+        for _, y in batches(NUMBERED, augment="none", mix=how, seed=seed):  # of neighbours of two classes
+            mixed = [[row for row in rows if not any(torch.equal(row, one) for one in pure)] for rows in y]
+            shares.append([round(max(rows[0].tolist()), 6) if rows else 1.0 for rows in mixed])
+    a, again, other = shares[:4], shares[4:8], shares[8:]
+    assert a == again
+    assert len({share for step in a + other for share in step}) > (12 if how == "mixup" else 8)  # of 16 draws
+
+
+def test_a_probes_augmented_views_move_from_epoch_to_epoch_and_with_the_seed(trained, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def probe(r, labels, num_classes, cells, fit, augmented):
+        raise Seen(augmented(0), augmented(1), augmented(0))
+
+    monkeypatch.setattr(linear_probe, "probe", probe)
+    seen = []
+    for seed in "01":
+        with pytest.raises(Seen) as caught:
+            linear_probe.main([str(trained), "--augment", "--limit", "20", "--seed", seed], standalone_mode=False)
+        seen.append(caught.value.args)
+    (first, second, again), (other, _, _) = seen
+    assert torch.equal(first, again)
+    for a, b in itertools.combinations((first, second, other), 2):
+        assert not torch.isclose(a, b).all(1).any()
+
+
+def test_augmented_images_of_a_probe_each_have_a_view_of_their_own():
+    config = {"size": SIZE, "precision": "float32", "crop_min": 0.2}
+    frozen = common.frozen.Frozen(torch.nn.Flatten(), torch.zeros(3), torch.ones(3), config, torch.device("cpu"))
+    # three batches of images
+    shown = [common.frozen.extract(frozen, ALIKE, key=(0, 6, epoch), batch=4) for epoch in range(2)]
+    assert len(torch.cat(shown).unique(dim=0)) == 2 * N
+
+
+def test_noise_of_corruptions_moves_with_image_severity_name_and_seed(monkeypatch):
+    """As many images as are corrupted at a time, twice, all alike: each has noise of its own."""
+    grey = torch.full((1000, 3, 9, 9), 128, dtype=torch.uint8)
+    test = common.data.Data(grey, torch.zeros(1000, dtype=torch.long), ["a", "b"])
+    corrupted, streams = robustness.corrupt, []
+    monkeypatch.setattr(robustness, "corrupt", lambda *a: streams.append(a[-1].initial_seed()) or corrupted(*a))
+
+    def signs(name, severity, seed=0):
+        made = torch.cat([x for x, _ in robustness.Made(test, seed).batches(name, severity)])
+        return (made > 128).flatten(1)
+
+    first, again, other = signs("gaussian_noise", 5), signs("gaussian_noise", 5), signs("gaussian_noise", 4)
+    assert torch.equal(first, again) and len(torch.cat([first, other]).unique(dim=0)) == 2000
+    streams.clear()
+    for name in ("gaussian_noise", "impulse_noise"):
+        for severity in range(1, 6):
+            for seed in range(2):
+                signs(name, severity, seed)
+    assert len(set(streams)) == 2 * 5 * 2 * 2
+
+
+def test_first_weights_move_with_the_seed_and_stay_without():
+    def weights(seed):
+        config = SimpleNamespace(seed=seed, arch="small", stem="3x3", loss="supcon", projection="r-8",
+                                 ce_weight=0.5, num_classes=3, normalize_encoder=False,
+                                 ce_detach=False)
+        return {name: w for name, w in pretrain.build_model(config, None).named_parameters() if w.ndim > 1}
+
+    first, again, other = weights(0), weights(0), weights(1)
+    for name, w in first.items():
+        assert torch.equal(w, again[name]) and not torch.isclose(w, other[name]).any(1).all()
+
+
+def test_keys_that_differ_anywhere_have_streams_of_their_own():
+    keys = list(itertools.product(range(4), repeat=3))
+    assert len({common.data.generator(*key).initial_seed() for key in keys}) == len(keys)
+
+
+def whole_or_mirrored(shown, *others):
+    """Of each view whether it is the picture, its mirror image or one of the others."""
+    whole = PICTURE / 255
+    return [any(torch.isclose(x, y, atol=2e-3).all() for y in (whole, whole.flip(2), *others))
+        for x in shown.flatten(0, 2)]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["on the device", "in workers"])
+def test_views_crop_as_they_are_asked_to(stream):
+    assert all(whole_or_mirrored(views(ALIKE, augment="crop", crop_min=1.0, stream=stream)))
+    assert not any(whole_or_mirrored(views(ALIKE, augment="crop", crop_min=0.2, stream=stream)))
+
+
+def test_colours_are_as_strong_as_they_are_asked_to_be():
+    grey = common.views.luma(PICTURE[None] / 255).expand(1, 3, SIZE, SIZE)[0]
+    shades = grey, grey.flip(2)
+    assert all(whole_or_mirrored(views(ALIKE, crop_min=1.0, jitter=0.0), *shades))
+    # a fifth of 48 keep their colours
+    assert sum(whole_or_mirrored(views(ALIKE, crop_min=1.0, jitter=0.5), *shades)) < 20
+
+
+def test_what_workers_crop_is_shown_as_they_make_it():
+    config = SimpleNamespace(seed=0, views=V)
+    rows = order(stream=True)[:STEPS]
+    items = list(common.views.worker_items(config, rows, torch.arange(BATCH), BATCH, 0, 0))
+    made = common.views.WorkerViews(ALIKE, "crop", 0.2)
+    expected = torch.stack([made[item] for part in items for item in part]).view(STEPS, V, BATCH, 3, SIZE, SIZE) / 255
+    torch.testing.assert_close(views(ALIKE, augment="crop", stream=True)[:STEPS], expected, rtol=0, atol=1e-5)
