@@ -1,69 +1,173 @@
-"""The README's results table, from the logs of runs: python experiments/results_table.py results/*
+"""The tables and the picture of the results, from the folders of runs.
 
-Each run folder holds config.json and log.jsonl of pretrain.py and probe.json of linear_probe.py; a run that has not been
-probed yet is left out. "views, M" is the training budget in views encoded: images x views x epochs, in millions. A second table,
-of the runs that robustness.py has tested, says what else their representations are worth.
+    python experiments/results_table.py results/*                              the tables of results/README.md
+    python experiments/results_table.py --short results/[cf]*                  the table of README.md
+    python experiments/results_table.py results/[cf]* --picture docs/results.png
+
+A run's folder holds config.json and log.jsonl of pretrain.py, probe.json of linear_probe.py and, if it was tested,
+robustness.json of robustness.py. A run that has not been probed yet is left out. "views, M" is what a run was allowed:
+the views that it encoded, which are images x views x epochs, in millions.
 """
 
 import json
+import statistics
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
-HEAD = ["run", "loss", "tau", "augment", "batch", "queue", "epochs", "views, M", "training, min", "probe top-1 %", "k-NN of a part, %", "seed"]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# ---------------------------------------------------------------- what a folder holds
 
 
-def row(run):
-    """One line of the table from the folder of one run."""
-    options = json.loads((run / "config.json").read_text())["options"]
-    last = [entry for entry in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "mean_loss" in entry][-1]
-    views = last["step"] * options["batch"] * options["views"] / 1e6
-    return [
-        run.name, options["loss"], f"{options['tau']:g}" if options["tau"] else "", options["augment"], options["batch"], options.get("queue") or "",
-        last["epoch"], f"{views:.2f}", f"{last['seconds'] / 60:.1f}", f"{probe_of(run)['top1']:.2f}", f"{last['knn_top1']:.1f}", options["seed"],
-    ]
+class Run(NamedTuple):
+    name: str
+    about: dict  # config.json: versions, machine and commit
+    options: dict  # of pretrain.py
+    last: dict  # the log's entry of the last epoch
+    probe: dict
+    corrupted: dict | None  # robustness.json, if there is one
+
+    @property
+    def views(self):
+        """Views encoded in training, in millions."""
+        return self.last["step"] * self.options["batch"] * self.options["views"] / 1e6
+
+    @property
+    def data_set(self):
+        name = Path(self.options["data"]).name if self.options["dataset"] == "folder" else self.options["dataset"]
+        return {"cifar10-jpeg": "CIFAR-10 (JPEG copies)", "fashionmnist": "Fashion-MNIST"}.get(name, name)
 
 
-WORTH = ["run", "top-1 %", "k-NN top-1 %", "ECE", "ECE after temperature", "mean error over 10 corruptions %", "alignment", "uniformity", "tolerance"]
+def read(folder):
+    about, probe = (json.loads((folder / name).read_text()) for name in ("config.json", "probe.json"))
+    log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    last = [entry for entry in log if "mean_loss" in entry][-1]
+    tested = folder / "robustness.json"
+    corrupted = json.loads(tested.read_text()) if tested.exists() else None
+    return Run(folder.name, about, about["options"], last, probe, corrupted)
 
 
-def worth(run):
-    """One line of the second table."""
-    probe, corrupted = probe_of(run), json.loads((run / "robustness.json").read_text())
-    return [
-        run.name, f"{probe['top1']:.2f}", f"{probe['knn_top1']:.2f}", f"{probe['ece']:.3f}", f"{probe['ece_after_temperature']:.3f}",
-        f"{corrupted['mean_error']:.2f}", *(f"{probe[name]:.2f}" for name in ("alignment", "uniformity", "tolerance")),
-    ]
-
-
-def probe_of(run):
-    return json.loads((run / "probe.json").read_text())
+# ---------------------------------------------------------------- tables
 
 
 def print_table(head, rows):
     for cells in (head, ["---"] * len(head), *rows):
         click.echo("| " + " | ".join(map(str, cells)) + " |")
-    click.echo()
+
+
+TRAINED = ["run", "loss", "tau", "augment", "batch", "queue", "epochs", "views, M", "training, min", "probe top-1 %",
+           "k-NN on a part of the test set %", "seed"]
+
+
+def trained(run):
+    """A row of the table of how the runs were trained: a list of cells."""
+    o, last = run.options, run.last
+    tau = f"{o['tau']:g}" if o["tau"] else ""
+    return [run.name, o["loss"], tau, o["augment"], o["batch"], o.get("queue") or "", last["epoch"], f"{run.views:.2f}",
+            f"{last['seconds'] / 60:.1f}", f"{run.probe['top1']:.2f}", f"{last['knn_top1']:.1f}", o["seed"]]
+
+
+MEASURED = ["run", "probe top-1 %", "k-NN top-1 %", "ECE", "ECE after temperature", "mean error over 10 corruptions %",
+            "alignment", "uniformity", "tolerance"]
+
+
+def measured(run):
+    """A row of the table of what else the representations are worth."""
+    p = run.probe
+    return [run.name, f"{p['top1']:.2f}", f"{p['knn_top1']:.2f}", f"{p['ece']:.3f}",
+            f"{p['ece_after_temperature']:.3f}", f"{run.corrupted['mean_error']:.2f}",
+            *(f"{p[name]:.2f}" for name in ("alignment", "uniformity", "tolerance"))]
+
+
+SHORT = ["data set", "loss", "views, M", "probe top-1 %", "k-NN top-1 %"]
+
+
+def short(data_set, label, run):
+    return [data_set, label, f"{run.views:.2f}", f"{run.probe['top1']:.2f}", f"{run.probe['knn_top1']:.2f}"]
 
 
 def notes(run):
     """What the run ran on, and what the same probe gives without training."""
-    about, probe = json.loads((run / "config.json").read_text()), probe_of(run)
+    about, probe = run.about, run.probe
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     yield f"{run.name}: {about['device']}, {about['threads']} thread(s), {versions}, commit {about['commit']}"
     if "raw_pixels_top1" in probe:
-        yield f"{run.name}: the same probe on raw pixels {probe['raw_pixels_top1']:.2f} %, on the untrained encoder {probe['untrained_encoder_top1']:.2f} %"
+        yield (f"{run.name}: the same probe reaches {probe['raw_pixels_top1']:.2f} % on raw pixels and "
+               f"{probe['untrained_encoder_top1']:.2f} % on the untrained encoder")
 
 
-@click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(runs):
-    """Print RUNS as a Markdown table, and below it what they ran on."""
-    runs = sorted(run for run in runs if (run / "probe.json").exists())
-    print_table(HEAD, map(row, runs))
-    print_table(WORTH, (worth(run) for run in runs if (run / "robustness.json").exists()))  # of corruptions made, not a published set
+# ---------------------------------------------------------------- the picture
+
+
+def by_data_set(runs):
+    """{data set: [(label, run)]}, the best run of each first. A label names the loss and what else sets a run apart."""
+    groups = {}
     for run in runs:
-        for line in notes(run):
+        groups.setdefault(run.data_set, []).append(run)
+    for data_set, group in groups.items():
+        usual = statistics.mode(run.options["batch"] for run in group)
+        group.sort(key=lambda run: -run.probe["top1"])
+        groups[data_set] = [(label(run.options, usual), run) for run in group]
+    return groups
+
+
+def label(options, usual_batch):
+    queue = f", queue {options['queue']}" if options.get("queue") else ""
+    batch = f", batch {options['batch']}" if options["batch"] != usual_batch else ""
+    return options["loss"] + queue + batch
+
+
+COLOURS = {"ce": "#999999", "supcon": "#0072B2", "supcon-in": "#56B4E9", "simclr": "#E69F00"}  # Okabe and Ito's
+
+
+def draw(groups, path):
+    """Draws the probes' top-1 as bars, a panel for each data set."""
+    from common.figures import pyplot, save  # here, as the tables need neither torch nor matplotlib
+
+    plt = pyplot()
+    sizes = [len(group) for group in groups.values()]
+    figure, axes = plt.subplots(len(groups), 1, figsize=(8, 1.2 + 0.4 * sum(sizes)), sharex=True, squeeze=False,
+                                layout="constrained", height_ratios=sizes)
+    for axis, (data_set, group) in zip(axes[:, 0], groups.items()):
+        values = [run.probe["top1"] for _, run in group]
+        colours = [COLOURS.get(run.options["loss"], "#CC79A7") for _, run in group]
+        bars = axis.barh([name for name, _ in group], values, color=colours, height=0.7)
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+        axis.invert_yaxis()  # the best run on top
+        axis.set_title(data_set, loc="left", fontweight="bold")
+        axis.set(xlim=(0, 100), ylabel="loss")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    axes[-1, 0].set_xlabel("top-1 of a linear probe on the test set, %")
+    figure.align_ylabels()
+    return save(figure, path)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--short", "is_short", is_flag=True, help="Print one table of five columns instead.")
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path),
+              help="Also draw the probes' top-1 into this PNG file (needs matplotlib).")
+def main(runs, is_short, picture):
+    """Print the folders RUNS as Markdown tables, and below these what the runs ran on."""
+    runs = [read(folder) for folder in sorted(runs) if (folder / "probe.json").exists()]
+    groups = by_data_set(runs)
+    if picture:
+        draw(groups, picture)
+    if is_short:
+        print_table(SHORT, [short(data_set, name, run) for data_set, group in groups.items() for name, run in group])
+    else:
+        print_table(TRAINED, map(trained, runs))
+        click.echo()
+        print_table(MEASURED, [measured(run) for run in runs if run.corrupted])
+        click.echo()
+        for line in (line for run in runs for line in notes(run)):
             click.echo(f"- {line}")
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import common.models
 import common.frozen
 import common.objectives
 import children
@@ -37,12 +36,12 @@ def frozen_statistics(encoder, width):
 
 @contextlib.contextmanager
 def without_batch_statistics():
-    make = common.models.build_encoder
-    common.models.build_encoder = lambda *arguments: frozen_statistics(*make(*arguments))
+    make = pretrain.build_encoder
+    pretrain.build_encoder = lambda *arguments: frozen_statistics(*make(*arguments))
     try:
         yield
     finally:
-        common.models.build_encoder = make
+        pretrain.build_encoder = make
 
 
 @pytest.fixture(scope="module")
