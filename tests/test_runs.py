@@ -48,10 +48,11 @@ def without_batch_statistics():
 def exact_runs(tmp_path_factory):
     """A folder of runs of every loss, NAME-WAY: by one process, in parts, on two ranks, and on two ranks in parts."""
     folder = tmp_path_factory.mktemp("exact")
+    stores = [children.store() for _ in range(2 * len(LOSSES))]
+    two = children.Launch(train_on_two_ranks, (str(folder), [store.port for store in stores]), ranks=2)
     train_exactly(folder, "one", [])
     train_exactly(folder, "parts", ["--micro-batch", "4"])
-    stores = [children.store() for _ in range(2 * len(LOSSES))]
-    children.call(train_on_two_ranks, str(folder), [store.port for store in stores], ranks=2)
+    assert two.wait().status == 0, two.err
     return folder
 
 
