@@ -1,12 +1,11 @@
 """The tables and the picture of the results, from the folders of runs.
 
-    python experiments/results_table.py results/*                              the tables of results/README.md
-    python experiments/results_table.py --short results/[cf]*                  the table of README.md
-    python experiments/results_table.py results/[cf]* --picture docs/results.png
+    python experiments/results_table.py results/*                                           for results/README.md
+    python experiments/results_table.py --short results/cifar* results/fashion* --picture docs/results.png
 
 A run's folder holds config.json and log.jsonl of pretrain.py, probe.json of linear_probe.py and, if it was tested,
-robustness.json of robustness.py. A run that has not been probed yet is left out. "views, M" is what a run was allowed:
-the views that it encoded, which are images x views x epochs, in millions.
+robustness.json of robustness.py. What holds no probe.json is left out. "views, M" is what a run was allowed: the views
+that it encoded, which are images x views x epochs, in millions.
 """
 
 import json
@@ -150,13 +149,15 @@ def draw(groups, path):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--short", "is_short", is_flag=True, help="Print one table of five columns instead.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path),
               help="Also draw the probes' top-1 into this PNG file (needs matplotlib).")
 def main(runs, is_short, picture):
     """Print the folders RUNS as Markdown tables, and below these what the runs ran on."""
     runs = [read(folder) for folder in sorted(runs) if (folder / "probe.json").exists()]
+    if not runs:
+        raise click.UsageError("none of RUNS holds a probe.json: run linear_probe.py on one first")
     groups = by_data_set(runs)
     if picture:
         draw(groups, picture)
