@@ -17,7 +17,7 @@ def pyplot():
     try:
         import matplotlib
     except ModuleNotFoundError as e:
-        raise Refused("--figure needs the package matplotlib: pip install matplotlib") from e
+        raise Refused("pictures need the package matplotlib: pip install matplotlib") from e
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
