@@ -151,8 +151,8 @@ def baselines(frozen, train, test, cells, fit):
         found["raw_pixels_top1"] = probed_top1(raw_pixels, train, test, cells, fit, frozen.mean.device)
         say(f"the same grid on raw pixels: top-1 {found['raw_pixels_top1']:.2f} %")
     untrained = untrained_encoder(frozen, fit.seed)
-    found["untrained_encoder_top1"] = probed_top1(lambda data: extract(untrained, data), train, test, cells, fit,
-        frozen.mean.device)
+    r_of = lambda data: extract(untrained, data)
+    found["untrained_encoder_top1"] = probed_top1(r_of, train, test, cells, fit, frozen.mean.device)
     say(f"the same grid on the untrained encoder: top-1 {found['untrained_encoder_top1']:.2f} %")
     return found
 
@@ -315,9 +315,9 @@ def complete_fit(recipe, options, given):
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--recipe", type=click.Choice([name for name, preset in PRESETS.items() if preset.probe]),
-    help="The probe of a published setting; other options override it. Add --augment for its views.")
+              help="The probe of a published setting; other options override it. Add --augment for its views.")
 @click.option("--dataset", type=click.Choice(DATASETS), show_default="the checkpoint's",
-    help="Transfer: another data set, resized to the checkpoint's size.")
+              help="Transfer: another data set, resized to the checkpoint's size.")
 @click.option("--data", show_default="the checkpoint's", help="Folder of the data sets.")
 @click.option("--download/--no-download", default=True, help="Fetch what is missing.")
 @click.option("--limit", type=click.IntRange(min=2), show_default="all", help="Fit to the first N training images.")
@@ -331,22 +331,22 @@ def complete_fit(recipe, options, given):
 @click.option("--lr", type=POSITIVE, multiple=True, default=LRS, help="Peak learning rate; several make a grid.")
 @click.option("--lr-per-256", type=POSITIVE, help="Peak learning rate per 256 images of the batch, instead of --lr.")
 @click.option("--weight-decay", type=NOT_NEGATIVE, multiple=True, default=DECAYS,
-    help="On the classifier; several make a grid.")
+              help="On the classifier; several make a grid.")
 @click.option("--optimizer", type=click.Choice(["sgd", "lars", "rmsprop"]), default="sgd", help="Of all cells.")
 @click.option("--momentum", type=BELOW_1, default=0.9, help="The optimiser's.")
 @click.option("--nesterov/--no-nesterov", default=True, help="Nesterov's momentum, of SGD.")
 @click.option("--schedule", type=click.Choice(["cosine", "step", "exponential", "constant"]), default="cosine",
-    help="cosine to lr/1000; step: x0.2 at 60, 75, 90 %; exponential: x0.97 every half epoch.")
+              help="cosine to lr/1000; step: x0.2 at 60, 75, 90 %; exponential: x0.97 every half epoch.")
 @click.option("--warmup", type=NOT_NEGATIVE, default=0.0, help="Epochs of linear warm-up from 0.")
 @click.option("--label-smoothing", type=BELOW_1, default=0.0, help="Of cross-entropy.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of orders, parts and views.")
 @click.option("--baselines", "with_baselines", is_flag=True, help="Also probe raw pixels and an untrained encoder.")
 @click.option("--figure", is_flag=True,
-    help="Draw reliability, confusions and a 2-D projection as PNG (needs matplotlib).")
+              help="Draw reliability, confusions and a 2-D projection as PNG (needs matplotlib).")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
 @click.pass_context
 def main(context, checkpoint, recipe, dataset, data, download, limit, subset, workers, augment, l2_normalize,
-    with_baselines, figure, device, **options):
+         with_baselines, figure, device, **options):
     """Fit a linear classifier to the frozen features of CHECKPOINT, a ckpt.pt or its folder, and test it."""
     given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
     fit, cells = complete_fit(recipe, options, given)

@@ -3,8 +3,8 @@
     python benchmarks/linear_probe.py runs/cifar10-jpeg-supcon          # a folder of pretrain.py
 
 1. The grid of twenty cells, 100 epochs each, on 50,000 x 512 made features of ten classes: seconds of the fit.
-2. End to end on the run's own training images: ours on all of them; the usual loop, one probe at the cell that ours chose, on
-   --part images through all epochs, its time scaled to all of them. Accuracy of both on that part, so that they compare.
+2. End to end on the run's own training images: ours on all of them; the usual loop, one probe at the cell that ours
+   chose, on --part images through all epochs, its time scaled to all of them. Both accuracies are those on that part.
 """
 
 import os
@@ -31,19 +31,35 @@ CELLS = [(lr, decay) for lr in ours.LRS for decay in ours.DECAYS]
 
 
 def settings(epochs):
-    return SimpleNamespace(epochs=epochs, batch=512, lr=1.0, warmup=0.0, warmup_from=0.0, optimizer="sgd", momentum=0.9, nesterov=True, schedule="cosine",
-                           label_smoothing=0.0, standardize=True, seed=0)
+    return SimpleNamespace(
+        epochs=epochs,
+        batch=512,
+        lr=1.0,
+        warmup=0.0,
+        warmup_from=0.0,
+        optimizer="sgd",
+        momentum=0.9,
+        nesterov=True,
+        schedule="cosine",
+        label_smoothing=0.0,
+        standardize=True,
+        seed=0,
+    )
 
 
 def made_features(n, width, classes, device):
     g = torch.Generator().manual_seed(0)
     y = torch.randint(classes, (n,), generator=g)
-    return (torch.randn(classes, width, generator=g)[y] * 0.2 + torch.randn(n, width, generator=g)).to(device), y.to(device)
+    return (torch.randn(classes, width, generator=g)[y] * 0.2 + torch.randn(n, width, generator=g)).to(device), y.to(
+        device
+    )
 
 
 def usual_loop(frozen, train, test, cell, epochs, batch=512):
-    """(top-1, seconds without the test) of a linear layer trained as most codes do: every batch is encoded when its turn comes,
-    epoch after epoch."""
+    """(top-1, seconds without the test) of a linear layer trained as most codes do.
+
+    Every batch is encoded when its turn comes, epoch after epoch.
+    """
     start = now(frozen.mean.device)
     device, (lr, decay) = frozen.mean.device, cell
     y_train, y_test = train.labels.to(device), test.labels.to(device)
@@ -78,17 +94,30 @@ def now(device):
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--epochs", default=100, show_default=True)
-@click.option("--part", type=click.IntRange(min=512), default=5000, show_default=True, help="Images that the usual loop is measured on.")
+@click.option(
+    "--part",
+    type=click.IntRange(min=512),
+    default=5000,
+    show_default=True,
+    help="Images that the usual loop is measured on.",
+)
 @click.option("--device")
 def main(run, epochs, part, device):
     """Time the probe of RUN's encoder."""
     device = choose_device(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    )
     click.echo(f"{name}, torch {torch.__version__}, python {platform.python_version()}; {run}")
     r, y = made_features(50_000, 512, 10, device)
     start = now(device)
     ours.probe(r, y, 10, CELLS, settings(epochs))
-    click.echo(f"50,000 x 512 features, {len(CELLS)} cells, {epochs} epochs, and the best cell once more: {now(device) - start:.1f} s")
+    click.echo(
+        f"50,000 x 512 features, {len(CELLS)} cells, {epochs} epochs, and the best cell once more: "
+        f"{now(device) - start:.1f} s"
+    )
 
     frozen = load_encoder(run / "ckpt.pt", device)
     source = (frozen.config["dataset"], frozen.config["data"])
@@ -107,8 +136,14 @@ def main(run, epochs, part, device):
     usual_top1, usual = usual_loop(frozen, few, test, cell, epochs)
     usual *= n / len(few.labels)
     top1, _, seconds = end_to_end(train)
-    click.echo(f"{len(few.labels)} images of {frozen.config['dataset']}: ours {part_top1:.2f} %, the usual loop {usual_top1:.2f} % (lr {cell[0]:g}, weight decay {cell[1]:g})")
-    click.echo(f"{n} images: ours, {len(CELLS)} probes, {seconds:.1f} s ({top1:.2f} %); the usual loop, 1 probe, {usual:.0f} s (scaled from {len(few.labels)} images): {usual / seconds:.0f} times")
+    click.echo(
+        f"{len(few.labels)} images of {frozen.config['dataset']}: ours {part_top1:.2f} %, the usual loop "
+        f"{usual_top1:.2f} % (lr {cell[0]:g}, weight decay {cell[1]:g})"
+    )
+    click.echo(
+        f"{n} images: ours, {len(CELLS)} probes, {seconds:.1f} s ({top1:.2f} %); "
+        f"the usual loop, 1 probe, {usual:.0f} s (scaled from {len(few.labels)} images): {usual / seconds:.0f} times"
+    )
 
 
 if __name__ == "__main__":

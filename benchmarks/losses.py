@@ -113,7 +113,10 @@ def times(runs, budget):
     taken = {name: [value] if value > budget else [] for name, value in first.items()}
     repeats = {name: max(1, round(0.01 / value)) for name, value in first.items()}
     start = time.perf_counter()
-    while any(len(values) < 3 and first[name] < budget for name, values in taken.items()) or time.perf_counter() - start < budget:
+    while (
+        any(len(values) < 3 and first[name] < budget for name, values in taken.items())
+        or time.perf_counter() - start < budget
+    ):
         for name, run in runs.items():
             if first[name] < budget:
                 if repeats[name] > 1:
@@ -151,8 +154,17 @@ def peak(*arguments):
 
 
 @click.command()
-@click.option("--images", multiple=True, type=click.IntRange(min=1), default=(16, 64, 256, 1024, 4096, 8192, 65536), show_default=True, help="Images, of two views each.")
-@click.option("--classes", multiple=True, type=click.IntRange(min=1), default=(10, 1000), show_default=True, help="Classes.")
+@click.option(
+    "--images",
+    multiple=True,
+    type=click.IntRange(min=1),
+    default=(16, 64, 256, 1024, 4096, 8192, 65536),
+    show_default=True,
+    help="Images, of two views each.",
+)
+@click.option(
+    "--classes", multiple=True, type=click.IntRange(min=1), default=(10, 1000), show_default=True, help="Classes."
+)
 @click.option("--width", type=click.IntRange(min=1), default=128, show_default=True, help="D.")
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
 @click.option("--dense-rows", default=8192, show_default=True, help="The largest N for forms that hold N x N numbers.")
@@ -164,9 +176,18 @@ def main(images, classes, width, device, dense_rows, budget, path, peak_of):
     if peak_of:
         return click.echo(peak_in_this_process(*json.loads(peak_of)))
     forms = [name for name in FORMS if installed(name)]
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-    click.echo(f"{name}, torch {torch.__version__}, python {platform.python_version()}, float32, D = {width}, tau = {TAU}\n")
-    click.echo("| rows | classes | form | ms | times ours | of limit, % | peak, MB |\n| --- | --- | --- | --- | --- | --- | --- |")
+    name = (
+        torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    )
+    click.echo(
+        f"{name}, torch {torch.__version__}, python {platform.python_version()}, float32, D = {width}, tau = {TAU}\n"
+    )
+    click.echo(
+        "| rows | classes | form | ms | times ours | of limit, % | peak, MB |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
+    )
     table = []
     left, right = torch.randn(4096, 4096, device=device), torch.randn(4096, width, device=device)
 
@@ -184,11 +205,21 @@ def main(images, classes, width, device, dense_rows, budget, path, peak_of):
             median = times(runs, budget)
             for form, value in median.items():
                 bytes_ = peak(form, n, c, width, device)
-                row = {"rows": len(z), "classes": c, "form": form, "ms": 1000 * value, "times_ours": value / median[ours(form)],
-                       "of_limit": 100 * limit / value, "peak_mb": None if bytes_ is None else bytes_ / 1e6}
+                row = {
+                    "rows": len(z),
+                    "classes": c,
+                    "form": form,
+                    "ms": 1000 * value,
+                    "times_ours": value / median[ours(form)],
+                    "of_limit": 100 * limit / value,
+                    "peak_mb": None if bytes_ is None else bytes_ / 1e6,
+                }
                 table.append(row)
                 mb = "-" if bytes_ is None else f"{row['peak_mb']:.1f}"
-                click.echo(f"| 2 x {n} | {c} | {form} | {row['ms']:.3g} | {row['times_ours']:.2f} | {row['of_limit']:.0f} | {mb} |")
+                click.echo(
+                    f"| 2 x {n} | {c} | {form} | {row['ms']:.3g} | {row['times_ours']:.2f} | "
+                    f"{row['of_limit']:.0f} | {mb} |"
+                )
     if path:
         Path(path).write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": table}, indent=1) + "\n")
 

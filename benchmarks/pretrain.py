@@ -3,7 +3,7 @@
     python benchmarks/pretrain.py                              ResNet-18, 32 x 32, batch 256, two views
     python benchmarks/pretrain.py --device cuda --arch resnet50 --batch 1024
 
-"ours"     uint8 images on the device, views of the whole batch at once, bfloat16 autocast where it is fast, channels_last
+"ours"     uint8 images on the device, views of the whole batch at once, bfloat16 where it is fast, channels_last
 "usual"    torchvision's transforms on PIL images in DataLoader workers, float32, NCHW, the mask-matrix loss
 "encoder"  forward, backward and optimizer step on ready tensors, as ours: the limit
 
@@ -35,14 +35,16 @@ from common.views import draw_view, make_view
 
 
 def sim_augment(size, mean, std):
-    return transforms.Compose([
-        transforms.RandomResizedCrop(size, scale=(0.2, 1)),
-        transforms.RandomHorizontalFlip(),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        transforms.RandomGrayscale(0.2),
-        transforms.ToTensor(),
-        transforms.Normalize(mean.tolist(), std.tolist()),
-    ])
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.2, 1)),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(0.2),
+            transforms.ToTensor(),
+            transforms.Normalize(mean.tolist(), std.tolist()),
+        ]
+    )
 
 
 class TwoViews(torch.utils.data.Dataset):
@@ -91,7 +93,11 @@ def steps_of(config, data, workers):
 
     usual, usual_sgd = trained(None, torch.contiguous_format)
     pairs = TwoViews(data, sim_augment(config.size, mean.cpu(), std.cpu()))
-    batches = endless(torch.utils.data.DataLoader(pairs, config.batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True))
+    batches = endless(
+        torch.utils.data.DataLoader(
+            pairs, config.batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
+        )
+    )
 
     def usual_step():
         first, second, y = next(batches)
@@ -99,7 +105,9 @@ def steps_of(config, data, workers):
         descend(usual_sgd, textbook_out(z, y.to(device).repeat(2)))
 
     alone, alone_sgd = trained(autocast, torch.channels_last)
-    ready = torch.randn(2 * config.batch, 3, config.size, config.size, device=device).contiguous(memory_format=torch.channels_last)
+    ready = torch.randn(2 * config.batch, 3, config.size, config.size, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
 
     def encoder_step():
         z, _ = alone(ready)
@@ -141,11 +149,20 @@ def rounds(runs, count):
 @click.option("--rounds", "count", default=5, help="Rounds, of which the median counts.")
 def main(arch, size, batch, device, workers, count):
     """Print images per second and their ratios."""
-    config = Config(arch=arch, size=size, batch=batch, device=device, stem="3x3" if size <= 64 else "7x7", num_classes=10)
+    config = Config(
+        arch=arch, size=size, batch=batch, device=device, stem="3x3" if size <= 64 else "7x7", num_classes=10
+    )
     data = shapes(max(1024, batch), size, 0)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-    click.echo(f"{name}, torch {torch.__version__}, torchvision {torchvision.__version__}, python {platform.python_version()}; "
-               f"{arch}, {size} x {size}, batch {batch} x 2 views\n")
+    name = (
+        torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    )
+    click.echo(
+        f"{name}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"python {platform.python_version()}; "
+        f"{arch}, {size} x {size}, batch {batch} x 2 views\n"
+    )
     click.echo("| step | images/s | of ours |\n| --- | --- | --- |")
     show(rounds(steps_of(config, data, workers), count), batch, "ours")
     threads = torch.get_num_threads()

@@ -305,8 +305,8 @@ def fill_in_defaults(config):
     """Fills in every default that depends on other options alone."""
     objective, light = OBJECTIVES[config.loss], config.dataset == "shapes"
     fill_in(config, arch="small" if light else "resnet50", batch=64 if light else 1024, epochs=12 if light else 1000)
-    fill_in(config, tau=objective.tau, margin=objective.margin, views=objective.views, warmup=min(10.0,
-        config.epochs / 10))
+    fill_in(config, tau=objective.tau, margin=objective.margin, views=objective.views)
+    fill_in(config, warmup=min(10.0, config.epochs / 10))
     if config.lr_per_256:
         fill_in(config, lr=config.lr_per_256 * config.batch / 256)
     fill_in(config, lr=objective.lr * config.batch / 1024,

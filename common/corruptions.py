@@ -84,8 +84,8 @@ def zoom_blur(x, c, g):
         part = math.ceil(H / zoom)
         top = (H - part) // 2
         size = round(part * zoom)
-        enlarged = F.interpolate(x[..., top : top + part, top : top + part], size=(size, size), mode="bilinear",
-            align_corners=True)
+        middle = x[..., top : top + part, top : top + part]
+        enlarged = F.interpolate(middle, size=(size, size), mode="bilinear", align_corners=True)
         trim = (size - H) // 2
         total += enlarged[..., trim : trim + H, trim : trim + H]
     return total / (count + 1)

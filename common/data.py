@@ -44,7 +44,7 @@ FILES = {  # what torchvision looks for, or unpacks, in the folder of the data s
 def load_data(dataset, root, train, *, size=None, download=True, limit=None, stream=False):
     """The first `limit` images of the training or test set as Data, resized to `size` where it is given.
 
-    stream: hold the names of a folder's files and the pixels of a sample alone, for a folder that is larger than memory.
+    stream: hold the names of a folder's files and the pixels of a sample alone, for a folder larger than memory.
     Raises Missing where the set is not there, and Refused where it cannot be read.
     """
     if dataset == "shapes":
@@ -180,8 +180,8 @@ def uniform_from(g, n):
     return lambda low, high, *shape: torch.rand(n, *shape, generator=g) * (high - low) + low
 
 
-SHAPES = [f"{texture} {shape}" for shape in ("disc", "square", "triangle", "cross", "star") for texture in ("plain",
-        "striped")]
+SHAPES = ("disc", "square", "triangle", "cross", "star")
+TEXTURES = ("plain", "striped")
 BLOCK = 200  # images of shapes that are drawn together
 
 
@@ -192,7 +192,7 @@ def shapes(n, size, seed):
     """
     blocks = [draw_shapes(BLOCK, size, generator(seed, 10, k)) for k in range(math.ceil(n / BLOCK))]
     images, labels = (torch.cat(parts)[:n] for parts in zip(*blocks))
-    return Data(images, labels, SHAPES)
+    return Data(images, labels, [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES])
 
 
 def draw_shapes(n, size, g):

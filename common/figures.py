@@ -73,8 +73,8 @@ def draw_probe(path, result, confusion, r, labels, classes):
     some = torch.nn.functional.normalize(r[:2000])
     _, _, axes = torch.pca_lowrank(some, q=min(2, *some.shape))
     points = torch.nn.functional.pad((some - some.mean(0)) @ axes, (0, 2 - axes.shape[1])).cpu()
-    right.scatter(points[:, 0], points[:, 1], c=labels[:2000].cpu(), cmap="tab10" if len(classes) <= 10 else "viridis",
-        s=6)
+    colours = "tab10" if len(classes) <= 10 else "viridis"
+    right.scatter(points[:, 0], points[:, 1], c=labels[:2000].cpu(), cmap=colours, s=6)
     right.set(title="features on their two main axes")
     return save(figure, path)
 
@@ -90,8 +90,8 @@ def draw_robustness(path, result):
         title=f"mean error over {result['corruptions']} corruptions {result['mean_error']:.1f} %")
     for name, one in {"this classifier": result, "baseline": result.get("baseline")}.items():
         if one:
-            middle.plot(range(6), [100 * (1 - one["clean_error"]), *one["accuracy_by_severity"]], marker="o",
-                label=name)
+            accuracies = [100 * (1 - one["clean_error"]), *one["accuracy_by_severity"]]
+            middle.plot(range(6), accuracies, marker="o", label=name)
             right.plot(range(6), [one["clean_ece"], *one["ece_by_severity"]], marker="o", label=name)
     middle.set(xlabel="severity, 0 clean", ylabel="top-1, %")
     right.set(xlabel="severity, 0 clean", ylabel="expected calibration error")

@@ -59,8 +59,8 @@ class Model(nn.Module):
     CIFAR does not. `detach` keeps the classifier's gradient from the encoder.
     """
 
-    def __init__(self, encoder, projection=None, classifier=None, *, unit=True, unit_r=False, detach=False,
-        autocast=None):
+    def __init__(self, encoder, projection=None, classifier=None, *,
+                 unit=True, unit_r=False, detach=False, autocast=None):
         super().__init__()
         self.encoder, self.projection, self.classifier = encoder, projection, classifier
         self.unit, self.unit_r, self.detach, self.autocast = unit, unit_r, detach, autocast

@@ -87,8 +87,8 @@ class RMSProp(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, decay=0.9, eps=1e-3):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay": decay,
-            "eps": eps})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay": decay, "eps": eps}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):

@@ -56,8 +56,9 @@ def draw_view(n, size, augment, g, crop=True, crop_min=0.2, jitter=0.5):
     corner = (uniform(0, 1, 2) * (size - sides + 1)).floor().clamp(max=size - sides)
     box = torch.cat([corner, sides], 1)
     flip = uniform(0, 1) < 0.5
-    colours = torch.cat([uniform(max(0.0, 1 - 0.8 * jitter), 1 + 0.8 * jitter, 3), uniform(-0.2 * jitter, 0.2 * jitter,
-        1)], 1)
+    factors = uniform(max(0.0, 1 - 0.8 * jitter), 1 + 0.8 * jitter, 3)
+    shift = uniform(-0.2 * jitter, 0.2 * jitter, 1)
+    colours = torch.cat([factors, shift], 1)
     colours[uniform(0, 1) >= 0.8] = torch.tensor([1.0, 1.0, 1.0, 0.0])
     gray = uniform(0, 1) < 0.2
     order = torch.randperm(4, generator=g).tolist()
@@ -280,8 +281,8 @@ class Batch:
     def views(self):
         """(x, y): the views (V m, 3, H, H), view by view, and their labels (V m,), or (V m, C) of mixed images."""
         device = self.mean.device
-        made = [make_view(pixels, draw.to(device), self.mean, self.std) for pixels, draw in zip(self.pixels,
-            self.draws)]
+        sources = zip(self.pixels, self.draws)
+        made = [make_view(pixels, draw.to(device), self.mean, self.std) for pixels, draw in sources]
         labels = [self.labels] * len(made)
         if self.config.mix:
             made, labels = zip(*(self.mixed(view, v) for v, view in enumerate(made)))

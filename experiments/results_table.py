@@ -57,28 +57,67 @@ def print_table(head, rows):
         click.echo("| " + " | ".join(map(str, cells)) + " |")
 
 
-TRAINED = ["run", "loss", "tau", "augment", "batch", "queue", "epochs", "views, M", "training, min", "probe top-1 %",
-           "k-NN on a part of the test set %", "seed"]
+TRAINED = [
+    "run",
+    "loss",
+    "tau",
+    "augment",
+    "batch",
+    "queue",
+    "epochs",
+    "views, M",
+    "training, min",
+    "probe top-1 %",
+    "k-NN on a part of the test set %",
+    "seed",
+]
 
 
 def trained(run):
     """A row of the table of how the runs were trained: a list of cells."""
     o, last = run.options, run.last
     tau = f"{o['tau']:g}" if o["tau"] else ""
-    return [run.name, o["loss"], tau, o["augment"], o["batch"], o.get("queue") or "", last["epoch"], f"{run.views:.2f}",
-            f"{last['seconds'] / 60:.1f}", f"{run.probe['top1']:.2f}", f"{last['knn_top1']:.1f}", o["seed"]]
+    return [
+        run.name,
+        o["loss"],
+        tau,
+        o["augment"],
+        o["batch"],
+        o.get("queue") or "",
+        last["epoch"],
+        f"{run.views:.2f}",
+        f"{last['seconds'] / 60:.1f}",
+        f"{run.probe['top1']:.2f}",
+        f"{last['knn_top1']:.1f}",
+        o["seed"],
+    ]
 
 
-MEASURED = ["run", "probe top-1 %", "k-NN top-1 %", "ECE", "ECE after temperature", "mean error over 10 corruptions %",
-            "alignment", "uniformity", "tolerance"]
+MEASURED = [
+    "run",
+    "probe top-1 %",
+    "k-NN top-1 %",
+    "ECE",
+    "ECE after temperature",
+    "mean error over 10 corruptions %",
+    "alignment",
+    "uniformity",
+    "tolerance",
+]
 
 
 def measured(run):
     """A row of the table of what else the representations are worth."""
     p = run.probe
-    return [run.name, f"{p['top1']:.2f}", f"{p['knn_top1']:.2f}", f"{p['ece']:.3f}",
-            f"{p['ece_after_temperature']:.3f}", f"{run.corrupted['mean_error']:.2f}",
-            *(f"{p[name]:.2f}" for name in ("alignment", "uniformity", "tolerance"))]
+    return [
+        run.name,
+        f"{p['top1']:.2f}",
+        f"{p['knn_top1']:.2f}",
+        f"{p['ece']:.3f}",
+        f"{p['ece_after_temperature']:.3f}",
+        f"{run.corrupted['mean_error']:.2f}",
+        *(f"{p[name]:.2f}" for name in ("alignment", "uniformity", "tolerance")),
+    ]
 
 
 SHORT = ["data set", "loss", "views, M", "probe top-1 %", "k-NN top-1 %"]
@@ -94,8 +133,10 @@ def notes(run):
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     yield f"{run.name}: {about['device']}, {about['threads']} thread(s), {versions}, commit {about['commit']}"
     if "raw_pixels_top1" in probe:
-        yield (f"{run.name}: the same probe reaches {probe['raw_pixels_top1']:.2f} % on raw pixels and "
-               f"{probe['untrained_encoder_top1']:.2f} % on the untrained encoder")
+        yield (
+            f"{run.name}: the same probe reaches {probe['raw_pixels_top1']:.2f} % on raw pixels and "
+            f"{probe['untrained_encoder_top1']:.2f} % on the untrained encoder"
+        )
 
 
 # ---------------------------------------------------------------- the picture
@@ -128,8 +169,15 @@ def draw(groups, path):
 
     plt = pyplot()
     sizes = [len(group) for group in groups.values()]
-    figure, axes = plt.subplots(len(groups), 1, figsize=(8, 1.2 + 0.4 * sum(sizes)), sharex=True, squeeze=False,
-                                layout="constrained", height_ratios=sizes)
+    figure, axes = plt.subplots(
+        len(groups),
+        1,
+        figsize=(8, 1.2 + 0.4 * sum(sizes)),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+        height_ratios=sizes,
+    )
     for axis, (data_set, group) in zip(axes[:, 0], groups.items()):
         values = [run.probe["top1"] for _, run in group]
         colours = [COLOURS.get(run.options["loss"], "#CC79A7") for _, run in group]
@@ -151,8 +199,11 @@ def draw(groups, path):
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--short", "is_short", is_flag=True, help="Print one table of five columns instead.")
-@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path),
-              help="Also draw the probes' top-1 into this PNG file (needs matplotlib).")
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also draw the probes' top-1 into this PNG file (needs matplotlib).",
+)
 def main(runs, is_short, picture):
     """Print the folders RUNS as Markdown tables, and below these what the runs ran on."""
     runs = [read(folder) for folder in sorted(runs) if (folder / "probe.json").exists()]

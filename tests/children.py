@@ -6,6 +6,7 @@ A new Python needs 3 to 4 seconds to import torch and torchvision; a child of th
     start("pretrain", *arguments, ranks=2)       on two ranks, as torchrun would start them
     call(function, *arguments, ranks=4)          any importable function, on every rank, to its end
 """
+
 import importlib
 import multiprocessing
 import os
@@ -30,7 +31,9 @@ def preload():
     from multiprocessing import forkserver
 
     before = dict(os.environ)
-    os.environ |= ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(str(PROJECT / folder) for folder in (".", "tests", "tests/tools"))}
+    os.environ |= ENVIRONMENT | {
+        "PYTHONPATH": os.pathsep.join(str(PROJECT / folder) for folder in (".", "tests", "tests/tools"))
+    }
     try:
         forkserver.ensure_running()
     finally:
@@ -154,7 +157,9 @@ def child(function, arguments, environment, streams):
         os.close(file)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ |= environment
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it, and hands that on
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a test run in the background ignores it, and hands that on
     function(*arguments)
 
 

@@ -1,4 +1,5 @@
 """What all tests share: hypothesis kept light, no state left behind, and the small runs that many tests look at."""
+
 import os
 import random
 import signal
@@ -31,8 +32,15 @@ def reading(read):
 def state_of_the_process():
     """Whatever one test could leave behind for the next, by name."""
     backends = torch.backends
-    places = {"all": backends, "CUDA": backends.cuda.matmul, "cuDNN": backends.cudnn, "cuDNN conv": backends.cudnn.conv,
-              "oneDNN": backends.mkldnn, "oneDNN matmul": backends.mkldnn.matmul, "oneDNN conv": backends.mkldnn.conv}
+    places = {
+        "all": backends,
+        "CUDA": backends.cuda.matmul,
+        "cuDNN": backends.cudnn,
+        "cuDNN conv": backends.cudnn.conv,
+        "oneDNN": backends.mkldnn,
+        "oneDNN matmul": backends.mkldnn.matmul,
+        "oneDNN conv": backends.mkldnn.conv,
+    }
     state = {f"fp32_precision ({name})": getattr(place, "fp32_precision", None) for name, place in places.items()}
     state |= {
         "torch.get_float32_matmul_precision()": reading(torch.get_float32_matmul_precision),
@@ -40,7 +48,9 @@ def state_of_the_process():
         "torch.backends.cuda.matmul.allow_tf32": reading(lambda: backends.cuda.matmul.allow_tf32),
         "the default dtype": torch.get_default_dtype(),
         "the number of threads": torch.get_num_threads(),
-        "autocast": [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")],
+        "autocast": [
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+        ],
         "whether gradients are taken": torch.is_grad_enabled(),
         "Python's random state": random.getstate(),
         "numpy's random state": np.random.get_state()[1].tobytes(),
@@ -49,13 +59,16 @@ def state_of_the_process():
         "the working directory": os.getcwd(),
         "the environment": {name: value for name, value in os.environ.items() if not name.startswith(SETS_THEMSELVES)},
     }
-    return state | {f"the handler of {number.name}": signal.getsignal(number) for number in signal.valid_signals()
-                    if isinstance(number, signal.Signals)}
+    return state | {
+        f"the handler of {number.name}": signal.getsignal(number)
+        for number in signal.valid_signals()
+        if isinstance(number, signal.Signals)
+    }
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request):
-    """Names the test that moved a state of the whole process. Runs seed torch: tests of runs are marked `seeds_torch`."""
+    """Names the test that moved a state of the process. Runs seed torch: their tests are marked `seeds_torch`."""
     torch.manual_seed(0)
     before = state_of_the_process()
     yield

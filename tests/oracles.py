@@ -1,4 +1,5 @@
 """Optimisers, calibration, nearest neighbours and corruption errors in float64 loops, from the papers' formulas."""
+
 import numpy as np
 
 
@@ -25,8 +26,8 @@ def lars(w, grads, lr, momentum=0.9, weight_decay=0.0, eta=1e-3):
 def rmsprop(w, grads, lr, momentum=0.9, weight_decay=0.0, decay=0.9, eps=1e-3):
     """A tensor w of weights after a step of TensorFlow's RMSProp for each of the gradients, number by number.
 
-        g <- g + weight_decay w        s <- decay s + (1 - decay) g^2        v <- momentum v + lr g / sqrt(s + eps)
-        w <- w - v                     s = 1 at first
+    g <- g + weight_decay w        s <- decay s + (1 - decay) g^2        v <- momentum v + lr g / sqrt(s + eps)
+    w <- w - v                     s = 1 at first
     """
     w = np.array(w, dtype=np.float64)
     for i in np.ndindex(w.shape):
@@ -55,7 +56,7 @@ def expected_calibration_error(p, y, bins=15):
 
 
 def knn_top1(bank, bank_y, query, query_y, k=200, tau=0.07):
-    """Top-1 in percent: each of the k rows that are nearest by cosine votes exp(cos/tau) for its label (Wu et al. 2018)."""
+    """Top-1 in percent: each of the k rows nearest by cosine votes exp(cos/tau) for its label (Wu et al. 2018)."""
     bank, query = np.asarray(bank, dtype=np.float64), np.asarray(query, dtype=np.float64)
     right = 0
     for q, label in zip(query, query_y):

@@ -1,4 +1,5 @@
 """What the tests of whole runs share: running the scripts here, reading what they leave, making folders of images."""
+
 import importlib
 import json
 import os
@@ -14,7 +15,22 @@ import common.cli
 from children import ENVIRONMENT, PROJECT
 from common.run_folder import load_checkpoint
 
-SMALL = ["--dataset", "shapes", "--size", "16", "--limit", "200", "--batch", "50", "--epochs", "4", "--log-every", "1", "--device", "cpu"]
+SMALL = [
+    "--dataset",
+    "shapes",
+    "--size",
+    "16",
+    "--limit",
+    "200",
+    "--batch",
+    "50",
+    "--epochs",
+    "4",
+    "--log-every",
+    "1",
+    "--device",
+    "cpu",
+]
 FOLDER = ["--dataset", "folder", "--arch", "small", "--size", "16", "--batch", "4", "--epochs", "1", "--device", "cpu"]
 
 
@@ -33,9 +49,26 @@ def run_here(script, *arguments):
 
 def torchrun(*arguments, ranks=2):
     """Starts a script on several ranks as users do."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *map(str, arguments)]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and hands that on
-    return subprocess.Popen(command, cwd=PROJECT, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        *map(str, arguments),
+    ]
+    heed = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a test run in the background ignores it, and hands that on
+    return subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,
+    )
 
 
 def log_of(run):
@@ -85,4 +118,7 @@ def folder_of(root, splits, classes, count=4, size=(30, 24), kind="png"):
 
 
 def files_in(folder):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in sorted(folder.rglob("*"))}
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in sorted(folder.rglob("*"))
+    }

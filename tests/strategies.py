@@ -6,6 +6,7 @@ batch rather than to odd floats.
     @given(lone_anchor_batches())          one view, at least one row alone in its class and two rows together
     @given(soft_batches())                 y is class probabilities
 """
+
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ def unit(w):
 
 
 def rows(seed, count, width, units, layout):
-    """"distinct" rows, "repeated" ones (each may stand there several times), or "equal": every pair has one score, and
+    """ "distinct" rows, "repeated" ones (each may stand there several times), or "equal": every pair has one score, and
     unit rows then have `count` columns."""
     rng = np.random.default_rng(seed)
     directions = unit(rng.normal(size=(count, width)))
@@ -54,8 +55,16 @@ def rows(seed, count, width, units, layout):
 
 
 @st.composite
-def batches(draw, views=view_counts, taus=taus, widths=widths, classes=class_counts, units=st.booleans(),
-            layouts=layouts, min_images=1):
+def batches(
+    draw,
+    views=view_counts,
+    taus=taus,
+    widths=widths,
+    classes=class_counts,
+    units=st.booleans(),
+    layouts=layouts,
+    min_images=1,
+):
     v = draw(views)
     n = draw(st.sampled_from(range(min_images, MAX_ROWS // v + 1)))
     seed = draw(seeds)

@@ -1,4 +1,5 @@
 """Bad input: one line that names the option and the remedy, exit status 2, no traceback, no file touched."""
+
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,10 @@ BAD = [
     (["--ce-detach"], "--ce-detach needs"),
     (["--dataset", "imagenet"], "--dataset"),
     (["--dataset", "folder", "--data", "nowhere"], "--data nowhere has no folder train"),
-    (["--dataset", "fashionmnist", "--data", "nowhere", "--no-download"], "--dataset fashionmnist is not in --data nowhere"),
+    (
+        ["--dataset", "fashionmnist", "--data", "nowhere", "--no-download"],
+        "--dataset fashionmnist is not in --data nowhere",
+    ),
     (["--size", "4"], "--size"),
     (["--limit", "0"], "--limit"),
     (["--augment", "strong"], "--augment"),
@@ -124,7 +128,7 @@ def test_bad_options_give_one_line_and_status_2(arguments, words, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-# Situations: each makes files in a folder, given a trained run's bytes, and returns (script, arguments, words of the line).
+# Situations: each makes files in a folder, given a trained run's bytes, and returns (script, arguments, words).
 
 
 def folder_without_classes(here, ckpt):
@@ -159,7 +163,11 @@ def damaged_fashionmnist(here, ckpt):
     raw.mkdir(parents=True)
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (raw / f"{name}-ubyte").write_bytes(b"cut short")
-    return pretrain, [*SMALL[4:], "--dataset", "fashionmnist", "--arch", "small", "--data", here], "--dataset fashionmnist is not in"
+    return (
+        pretrain,
+        [*SMALL[4:], "--dataset", "fashionmnist", "--arch", "small", "--data", here],
+        "--dataset fashionmnist is not in",
+    )
 
 
 def run_folder_of_another_run(here, ckpt):
@@ -314,14 +322,48 @@ def probe_with(*options):
 
 
 SITUATIONS = [
-    folder_without_classes, folder_with_an_empty_class, folder_with_one_class, folder_that_is_a_file, folder_with_another_test_set,
-    damaged_fashionmnist, run_folder_of_another_run, run_folder_of_a_checkpoint_without_a_log, run_folder_with_a_damaged_checkpoint, run_folder_that_is_a_file, resume_without_a_checkpoint, resume_with_both_damaged,
-    resume_of_another_recipe, resume_into_another_folder, resume_to_fewer_epochs, resume_in_parts_that_do_not_divide,
-    resume_with_weights_of_another_encoder, resume_on_data_of_another_length, probe_of_nothing, probe_of_an_empty_folder,
-    probe_of_an_empty_file, probe_of_text, probe_of_half_a_checkpoint, probe_of_another_kind_of_file, probe_of_a_bare_tensor,
-    probe_of_a_classifier, probe_of_a_checkpoint_without_an_encoder, probe_of_another_encoder, probe_on_missing_data,
-    probe_without_a_test_set, probe_of_other_test_classes, probe_of_one_class, probe_with("--epochs", "0"), probe_with("--lr", "x"),
-    probe_with("--lr", "nan"), probe_with("--lr", "1e300"), probe_with("--weight-decay", "1e31"), probe_with("--limit", "0"), probe_with("--batch", "0"), probe_with("--device", "toaster"), probe_with("--fraction", "0.5"), probe_with("--subset", "0"),
+    folder_without_classes,
+    folder_with_an_empty_class,
+    folder_with_one_class,
+    folder_that_is_a_file,
+    folder_with_another_test_set,
+    damaged_fashionmnist,
+    run_folder_of_another_run,
+    run_folder_of_a_checkpoint_without_a_log,
+    run_folder_with_a_damaged_checkpoint,
+    run_folder_that_is_a_file,
+    resume_without_a_checkpoint,
+    resume_with_both_damaged,
+    resume_of_another_recipe,
+    resume_into_another_folder,
+    resume_to_fewer_epochs,
+    resume_in_parts_that_do_not_divide,
+    resume_with_weights_of_another_encoder,
+    resume_on_data_of_another_length,
+    probe_of_nothing,
+    probe_of_an_empty_folder,
+    probe_of_an_empty_file,
+    probe_of_text,
+    probe_of_half_a_checkpoint,
+    probe_of_another_kind_of_file,
+    probe_of_a_bare_tensor,
+    probe_of_a_classifier,
+    probe_of_a_checkpoint_without_an_encoder,
+    probe_of_another_encoder,
+    probe_on_missing_data,
+    probe_without_a_test_set,
+    probe_of_other_test_classes,
+    probe_of_one_class,
+    probe_with("--epochs", "0"),
+    probe_with("--lr", "x"),
+    probe_with("--lr", "nan"),
+    probe_with("--lr", "1e300"),
+    probe_with("--weight-decay", "1e31"),
+    probe_with("--limit", "0"),
+    probe_with("--batch", "0"),
+    probe_with("--device", "toaster"),
+    probe_with("--fraction", "0.5"),
+    probe_with("--subset", "0"),
 ]
 
 
@@ -342,8 +384,15 @@ def test_a_corrupt_image_is_named_in_one_line(split, contents, options, tmp_path
     path = tmp_path / split / "b" / "2.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:60] + b"xxxx" + whole[64:] if contents == "cut" else contents)
-    monkeypatch.setattr(common.data, "SAMPLE", 1 if split == "train" else common.data.SAMPLE)  # of a streamed folder: met by a worker
-    assert str(path) in refusal(pretrain, [*FOLDER, "--data", tmp_path, "--log-every", "1", "--run-dir", tmp_path / "run", *options], monkeypatch, capsys)
+    monkeypatch.setattr(
+        common.data, "SAMPLE", 1 if split == "train" else common.data.SAMPLE
+    )  # of a streamed folder: met by a worker
+    assert str(path) in refusal(
+        pretrain,
+        [*FOLDER, "--data", tmp_path, "--log-every", "1", "--run-dir", tmp_path / "run", *options],
+        monkeypatch,
+        capsys,
+    )
     if options and split == "train":  # met in the middle of the training
         assert common.run_folder.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == len(log_of(tmp_path / "run"))
 
@@ -353,7 +402,9 @@ def test_resume_refuses_a_folder_of_other_classes_and_takes_an_older_checkpoint(
     folder_of(tmp_path / "three", ["train"], ["a", "b", "c"])
     run = tmp_path / "run"
     train(*FOLDER, "--data", tmp_path / "two", "--loss", "ce", "--run-dir", run)
-    assert "other classes" in refusal(pretrain, ["--resume", run, "--epochs", "2", "--data", tmp_path / "three"], monkeypatch, capsys)
+    assert "other classes" in refusal(
+        pretrain, ["--resume", run, "--epochs", "2", "--data", tmp_path / "three"], monkeypatch, capsys
+    )
     contents = common.run_folder.load_checkpoint(run / "ckpt.pt")
     for option in ("micro_batch", "sync_bn", "compile", "stream", "workers", "queue", "mix", "optimizer", "projection"):
         del contents["config"][option]
@@ -384,9 +435,10 @@ def test_many_random_command_lines_end_well_or_are_refused(tmp_path):
     fuzz(tmp_path, examples=200)
 
 
-@pytest.mark.parametrize("depth, hidden, dim, projection", [
-    (2, None, 128, "r-128"), (1, None, 64, "64"), (3, 2048, 128, "2048-2048-128"), (3, None, 9, "r-r-9"),
-])
+@pytest.mark.parametrize(
+    "depth, hidden, dim, projection",
+    [(2, None, 128, "r-128"), (1, None, 64, "64"), (3, 2048, 128, "2048-2048-128"), (3, None, 9, "r-r-9")],
+)
 def test_the_heads_of_earlier_versions_have_their_widths(depth, hidden, dim, projection):
     old = {"loss": "supcon", "proj_depth": depth, "proj_hidden": hidden, "proj_dim": dim, "figure": False}
     config = common.config.of_checkpoint({"config": old})

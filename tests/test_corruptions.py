@@ -1,4 +1,5 @@
 """The corruptions that are made here: the benchmark's parameters, and each by hand or against Pillow."""
+
 import io
 
 import numpy as np
@@ -7,7 +8,6 @@ import torch
 from PIL import Image
 import common.corruptions
 import common.data
-
 
 
 def pictures(n=6, size=32):
@@ -22,30 +22,46 @@ def test_corruptions_are_drawn_from_their_key_and_grow_with_severity(name, size)
     again = common.corruptions.corrupt(x, name, 5, common.data.generator(0, 5))
     assert torch.equal(made[4], again) and all(m.shape == x.shape and m.dtype == torch.uint8 for m in made)
     change = [(m.float() - x.float()).square().mean().item() for m in made]
-    assert min(change) > 0 and (name == "elastic_transform" or change[4] > 1.2 * change[0])  # its kinds of severity differ
+    assert min(change) > 0 and (
+        name == "elastic_transform" or change[4] > 1.2 * change[0]
+    )  # its kinds of severity differ
 
 
 def test_the_parameters_are_the_benchmarks():
     """github.com/hendrycks/robustness, make_cifar_c.py and imagenet_c/corruptions.py."""
     small = {
-        "gaussian_noise": "0.04 0.06 0.08 0.09 0.1", "shot_noise": "500 250 100 75 50", "impulse_noise": "0.01 0.02 0.03 0.05 0.07",
-        "defocus_blur": "0.3 0.4 0.4 0.5 0.5 0.6 1 0.2 1.5 0.1", "brightness": "0.05 0.1 0.15 0.2 0.3", "contrast": "0.75 0.5 0.4 0.3 0.15",
-        "elastic_transform": "0 0 0.08 0.05 0.2 0.07 0.08 0.06 0.06 0.1 0.04 0.05 0.1 0.03 0.03", "pixelate": "0.95 0.9 0.85 0.75 0.65",
+        "gaussian_noise": "0.04 0.06 0.08 0.09 0.1",
+        "shot_noise": "500 250 100 75 50",
+        "impulse_noise": "0.01 0.02 0.03 0.05 0.07",
+        "defocus_blur": "0.3 0.4 0.4 0.5 0.5 0.6 1 0.2 1.5 0.1",
+        "brightness": "0.05 0.1 0.15 0.2 0.3",
+        "contrast": "0.75 0.5 0.4 0.3 0.15",
+        "elastic_transform": "0 0 0.08 0.05 0.2 0.07 0.08 0.06 0.06 0.1 0.04 0.05 0.1 0.03 0.03",
+        "pixelate": "0.95 0.9 0.85 0.75 0.65",
         "jpeg_compression": "80 65 58 50 40",
     }
     large = {
-        "gaussian_noise": "0.08 0.12 0.18 0.26 0.38", "shot_noise": "60 25 12 5 3", "impulse_noise": "0.03 0.06 0.09 0.17 0.27",
-        "defocus_blur": "3 0.1 4 0.5 6 0.5 8 0.5 10 0.5", "brightness": "0.1 0.2 0.3 0.4 0.5", "contrast": "0.4 0.3 0.2 0.1 0.05",
-        "elastic_transform": "2 0.7 0.1 2 0.08 0.2 0.05 0.01 0.02 0.07 0.01 0.02 0.12 0.01 0.02", "pixelate": "0.6 0.5 0.4 0.3 0.25",
+        "gaussian_noise": "0.08 0.12 0.18 0.26 0.38",
+        "shot_noise": "60 25 12 5 3",
+        "impulse_noise": "0.03 0.06 0.09 0.17 0.27",
+        "defocus_blur": "3 0.1 4 0.5 6 0.5 8 0.5 10 0.5",
+        "brightness": "0.1 0.2 0.3 0.4 0.5",
+        "contrast": "0.4 0.3 0.2 0.1 0.05",
+        "elastic_transform": "2 0.7 0.1 2 0.08 0.2 0.05 0.01 0.02 0.07 0.01 0.02 0.12 0.01 0.02",
+        "pixelate": "0.6 0.5 0.4 0.3 0.25",
         "jpeg_compression": "25 18 15 10 7",
     }
     for ours, theirs in ((common.corruptions.SMALL, small), (common.corruptions.LARGE, large)):
-        assert {name: list(np.ravel(c)) for name, c in ours.items() if name != "zoom_blur"} == {name: [float(v) for v in c.split()] for name, c in theirs.items()}
+        assert {name: list(np.ravel(c)) for name, c in ours.items() if name != "zoom_blur"} == {
+            name: [float(v) for v in c.split()] for name, c in theirs.items()
+        }
 
 
 def test_elastic_displacements_are_measured_in_the_benchmarks_244_pixels(monkeypatch):
     sigmas, rows = [], common.corruptions.gaussian_rows
-    monkeypatch.setattr(common.corruptions, "gaussian_rows", lambda size, sigma: sigmas.append(sigma) or rows(size, sigma))
+    monkeypatch.setattr(
+        common.corruptions, "gaussian_rows", lambda size, sigma: sigmas.append(sigma) or rows(size, sigma)
+    )
     for size in (224, 32):
         common.corruptions.elastic_transform(torch.zeros(1, 3, size, size), (0.1, 0.05, 0.1), common.data.generator(0))
     assert sigmas == pytest.approx([0.05 * 244, 0.05 * 32])
@@ -53,23 +69,36 @@ def test_elastic_displacements_are_measured_in_the_benchmarks_244_pixels(monkeyp
 
 def test_zooms_are_as_many_as_the_benchmarks_float_ranges_have():
     small = [len(np.arange(1, end, 0.01)) for end in (1.06, 1.11, 1.16, 1.21, 1.26)]
-    large = [len(np.arange(1, end, step)) for end, step in ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))]
-    assert [count for count, _ in common.corruptions.SMALL["zoom_blur"]] == small and [count for count, _ in common.corruptions.LARGE["zoom_blur"]] == large
+    large = [
+        len(np.arange(1, end, step))
+        for end, step in ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
+    ]
+    assert [count for count, _ in common.corruptions.SMALL["zoom_blur"]] == small and [
+        count for count, _ in common.corruptions.LARGE["zoom_blur"]
+    ] == large
 
 
 def test_noises_have_their_variances():
     x = torch.full((4, 3, 64, 64), 0.5)
-    assert common.corruptions.gaussian_noise(x, 0.1, common.data.generator(0)).std().item() == pytest.approx(0.1, rel=0.02)
-    assert common.corruptions.shot_noise(x, 100, common.data.generator(0)).var().item() == pytest.approx(0.5 / 100, rel=0.05)
+    assert common.corruptions.gaussian_noise(x, 0.1, common.data.generator(0)).std().item() == pytest.approx(
+        0.1, rel=0.02
+    )
+    assert common.corruptions.shot_noise(x, 100, common.data.generator(0)).var().item() == pytest.approx(
+        0.5 / 100, rel=0.05
+    )
     hit = common.corruptions.impulse_noise(x, 0.06, common.data.generator(0))
-    assert (hit == 1).float().mean().item() == pytest.approx(0.03, rel=0.1) and (hit == 0).float().mean().item() == pytest.approx(0.03, rel=0.1)
+    assert (hit == 1).float().mean().item() == pytest.approx(0.03, rel=0.1) and (
+        hit == 0
+    ).float().mean().item() == pytest.approx(0.03, rel=0.1)
 
 
 def test_deterministic_corruptions_by_hand():
     x = pictures().float() / 255
     flat = torch.full((1, 3, 32, 32), 0.4)
     for c in common.corruptions.SMALL["defocus_blur"] + common.corruptions.LARGE["defocus_blur"]:
-        torch.testing.assert_close(common.corruptions.defocus_blur(flat, c, None), flat, rtol=0.02, atol=0)  # the kernel sums to 1, or nearly, as the benchmark's
+        torch.testing.assert_close(
+            common.corruptions.defocus_blur(flat, c, None), flat, rtol=0.02, atol=0
+        )  # the kernel sums to 1, or nearly, as the benchmark's
     dot = torch.zeros(1, 3, 33, 33)
     dot[..., 16, 16] = 1
     spread = common.corruptions.defocus_blur(dot, (3, 0.1), None)[0, 0] > 1e-3
@@ -78,7 +107,9 @@ def test_deterministic_corruptions_by_hand():
     torch.testing.assert_close(common.corruptions.contrast(x, 0.3, None).std((2, 3)), 0.3 * x.std((2, 3)))
     torch.testing.assert_close(common.corruptions.zoom_blur(x, (1, 0.01), None), x)  # one enlargement, by 1
     torch.testing.assert_close(common.corruptions.zoom_blur(flat, (11, 0.01), None), flat)
-    torch.testing.assert_close(common.corruptions.elastic_transform(x, (0, 0, 0), common.data.generator(0)), x, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        common.corruptions.elastic_transform(x, (0, 0, 0), common.data.generator(0)), x, rtol=1e-3, atol=1e-3
+    )
     red = torch.tensor([0.5, 0.25, 0.0]).view(1, 3, 1, 1)
     torch.testing.assert_close(common.corruptions.brightness(red, 0.3, None).flatten(), torch.tensor([0.8, 0.4, 0.0]))
 

@@ -1,4 +1,5 @@
 """Data sets: generated, and read from folders."""
+
 import pytest
 import torch
 import torchvision
@@ -73,10 +74,13 @@ def test_measured_mean_and_deviation_are_those_of_all_pixels_of_a_channel():
     assert common.data.mean_and_std("folder", torch.zeros_like(x))[1].min() > 0  # of one value, it can be divided by
 
 
-@pytest.mark.parametrize("dataset, mean, std", [
-    ("cifar10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    ("cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-])
+@pytest.mark.parametrize(
+    "dataset, mean, std",
+    [
+        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ("cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    ],
+)
 def test_cifar_is_normalised_as_in_the_reference_code(dataset, mean, std):
     ours = common.data.mean_and_std(dataset, torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
     assert [v.tolist() for v in ours] == [pytest.approx(mean), pytest.approx(std)]
@@ -115,10 +119,15 @@ class StoredFashionMNIST(Stored):
         return pixels[:, 0]
 
 
-@pytest.mark.parametrize("dataset, name, stored", [
-    ("cifar10", "CIFAR10", Stored), ("cifar100", "CIFAR100", Stored), ("svhn", "SVHN", StoredSVHN),
-    ("fashionmnist", "FashionMNIST", StoredFashionMNIST),
-])
+@pytest.mark.parametrize(
+    "dataset, name, stored",
+    [
+        ("cifar10", "CIFAR10", Stored),
+        ("cifar100", "CIFAR100", Stored),
+        ("svhn", "SVHN", StoredSVHN),
+        ("fashionmnist", "FashionMNIST", StoredFashionMNIST),
+    ],
+)
 def test_torchvisions_data_sets_keep_channels_rows_and_columns_apart(dataset, name, stored, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, name, stored)
     for train in (True, False):

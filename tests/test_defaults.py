@@ -1,4 +1,5 @@
 """What a run has where nothing is said: the options of a command line, completed as training completes them."""
+
 import pytest
 import torch
 from click.core import ParameterSource
@@ -24,12 +25,35 @@ def completed(*arguments, size=32, classes=10):
 
 def test_a_run_on_cifar_is_the_reference_codes_where_nothing_is_said():
     expected = {
-        "loss": "supcon", "tau": 0.1, "loss_scale": pytest.approx(0.1 / 0.07), "batch": 1024, "epochs": 1000,
-        "lr": 0.5, "schedule": "cosine", "warmup": 10, "warmup_from": 0.01, "momentum": 0.9, "nesterov": False,
-        "optimizer": "sgd", "weight_decay": 1e-4, "views": 2, "augment": "sim", "crop_min": 0.2, "jitter": 0.5,
-        "arch": "resnet50", "stem": "3x3", "projection": "r-128",
-        "normalize_encoder": False, "seed": 0, "label_smoothing": 0, "ce_weight": 0, "queue": 0, "mix": None,
-        "balanced": False, "micro_batch": None, "run": "runs/cifar10-resnet50-supcon-s0",
+        "loss": "supcon",
+        "tau": 0.1,
+        "loss_scale": pytest.approx(0.1 / 0.07),
+        "batch": 1024,
+        "epochs": 1000,
+        "lr": 0.5,
+        "schedule": "cosine",
+        "warmup": 10,
+        "warmup_from": 0.01,
+        "momentum": 0.9,
+        "nesterov": False,
+        "optimizer": "sgd",
+        "weight_decay": 1e-4,
+        "views": 2,
+        "augment": "sim",
+        "crop_min": 0.2,
+        "jitter": 0.5,
+        "arch": "resnet50",
+        "stem": "3x3",
+        "projection": "r-128",
+        "normalize_encoder": False,
+        "seed": 0,
+        "label_smoothing": 0,
+        "ce_weight": 0,
+        "queue": 0,
+        "mix": None,
+        "balanced": False,
+        "micro_batch": None,
+        "run": "runs/cifar10-resnet50-supcon-s0",
     }
     config = vars(completed("--dataset", "cifar10"))
     assert {k: config[k] for k in expected} == expected
@@ -41,10 +65,18 @@ def test_a_run_on_shapes_is_small():
     assert found == ("shapes", "small", 64, 12, 32, pytest.approx(0.5 * 64 / 1024), pytest.approx(1.2))
 
 
-@pytest.mark.parametrize("loss, tau, scale, views, rate", [
-    ("supcon", 0.1, 0.1 / 0.07, 2, 0.5), ("supcon-in", 0.1, 0.1 / 0.07, 2, 0.5), ("simclr", 0.5, 0.5 / 0.07, 2, 0.5),
-    ("triplet", None, 1, 2, 0.5), ("n-pair", None, 1, 1, 0.1), ("max-margin", None, 1, 2, 0.5), ("ce", None, 1, 1, 0.8),
-])
+@pytest.mark.parametrize(
+    "loss, tau, scale, views, rate",
+    [
+        ("supcon", 0.1, 0.1 / 0.07, 2, 0.5),
+        ("supcon-in", 0.1, 0.1 / 0.07, 2, 0.5),
+        ("simclr", 0.5, 0.5 / 0.07, 2, 0.5),
+        ("triplet", None, 1, 2, 0.5),
+        ("n-pair", None, 1, 1, 0.1),
+        ("max-margin", None, 1, 2, 0.5),
+        ("ce", None, 1, 1, 0.8),
+    ],
+)
 def test_temperature_scale_views_and_rate_go_with_the_loss_and_the_rate_with_the_batch(loss, tau, scale, views, rate):
     for batch in (1024, 256):
         config = completed("--dataset", "cifar10", "--loss", loss, "--batch", str(batch))
@@ -81,8 +113,21 @@ def test_a_resumed_run_may_change_what_changes_no_number_alone():
 def probe_of(*arguments):
     context = linear_probe.main.make_context("probe", ["ckpt.pt", *arguments])
     given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
-    names = ("standardize", "epochs", "batch", "lr", "lr_per_256", "weight_decay", "optimizer", "momentum", "nesterov",
-             "schedule", "warmup", "label_smoothing", "seed")
+    names = (
+        "standardize",
+        "epochs",
+        "batch",
+        "lr",
+        "lr_per_256",
+        "weight_decay",
+        "optimizer",
+        "momentum",
+        "nesterov",
+        "schedule",
+        "warmup",
+        "label_smoothing",
+        "seed",
+    )
     return linear_probe.complete_fit(context.params["recipe"], {k: context.params[k] for k in names}, given)
 
 
@@ -93,8 +138,18 @@ def holds(fit, **options):
 def test_a_probe_is_a_grid_of_twenty_cells_of_a_standardised_linear_layer():
     fit, cells = probe_of()
     assert cells == [(lr, decay) for lr in (0.01, 0.03, 0.1, 0.3, 1.0) for decay in (0, 1e-4, 1e-3, 1e-2)]
-    assert holds(fit, epochs=100, batch=512, optimizer="sgd", momentum=0.9, nesterov=True, schedule="cosine", warmup=0,
-                 label_smoothing=0, standardize=True)
+    assert holds(
+        fit,
+        epochs=100,
+        batch=512,
+        optimizer="sgd",
+        momentum=0.9,
+        nesterov=True,
+        schedule="cosine",
+        warmup=0,
+        label_smoothing=0,
+        standardize=True,
+    )
 
 
 def test_a_probe_by_a_recipe_takes_its_numbers_and_features_as_they_are():
@@ -122,8 +177,9 @@ def test_what_is_given_beside_a_recipe_takes_along_what_is_bound_to_it():
     assert completed("--recipe", "imagenet-ce-r50", "--momentum", "0.8").nesterov is False
 
 
-@pytest.mark.parametrize("images_then, classes_then",
-    [(199, ["a", "b"]), (201, ["a", "b"]), (200, ["b", "a"]), (200, ["a", "b", "c"])])
+@pytest.mark.parametrize(
+    "images_then, classes_then", [(199, ["a", "b"]), (201, ["a", "b"]), (200, ["b", "a"]), (200, ["a", "b", "c"])]
+)
 def test_a_run_goes_on_with_the_data_that_it_began_with_alone(images_then, classes_then):
     data, config = common.data.Data(None, torch.zeros(200), ["a", "b"]), completed()
     common.config.require_same_data(config, data, {"classes": ["a", "b"], "images": 200})

@@ -1,4 +1,5 @@
 """Every picture is drawn."""
+
 import pytest
 
 import common.figures

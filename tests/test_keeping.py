@@ -1,4 +1,5 @@
 """The parts of a run's folder, one by one: what is written there, what is kept, what is read again."""
+
 import json
 import signal
 from pathlib import Path
@@ -11,11 +12,18 @@ import common.journal
 import common.run_folder
 
 
-
 def contents(step, **entries):
-    return {"format": common.run_folder.FORMAT, "config": {}, "step": step, "seconds": 0.0, "optimizer": {},
-            "encoder": {"w": torch.full((2,), float(step))}, "mean": torch.zeros(3), "std": torch.ones(3),
-            "classes": ["a"]} | entries
+    return {
+        "format": common.run_folder.FORMAT,
+        "config": {},
+        "step": step,
+        "seconds": 0.0,
+        "optimizer": {},
+        "encoder": {"w": torch.full((2,), float(step))},
+        "mean": torch.zeros(3),
+        "std": torch.ones(3),
+        "classes": ["a"],
+    } | entries
 
 
 def steps_in(folder):

@@ -1,4 +1,5 @@
 """What is done to labels and batches: mixing, noise, subsets, balance, pairs."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -28,10 +29,18 @@ def test_mixed_images_and_labels_have_the_same_shares(seed, how, alpha):
     assert torch.equal(made, again)
 
 
-@pytest.mark.parametrize("options", [
-    ["--mix", "mixup"], ["--mix", "cutmix", "--loss", "supcon-in"], ["--mix", "mixup", "--loss", "ce", "--label-smoothing", "0.1"],
-    ["--mix", "cutmix", "--ce-weight", "0.5", "--micro-batch", "10"], ["--label-noise", "0.4"], ["--augment", "auto", "--workers", "0", "--crop-min", "0.5"],
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mix", "mixup"],
+        ["--mix", "cutmix", "--loss", "supcon-in"],
+        ["--mix", "mixup", "--loss", "ce", "--label-smoothing", "0.1"],
+        ["--mix", "cutmix", "--ce-weight", "0.5", "--micro-batch", "10"],
+        ["--label-noise", "0.4"],
+        ["--augment", "auto", "--workers", "0", "--crop-min", "0.5"],
+    ],
+    ids=" ".join,
+)
 def test_mixed_noisy_balanced_and_smaller_sets_train(options, tmp_path):
     train(*SMALL, "--epochs", "2", *options, "--run-dir", tmp_path / "run")
     assert log_of(tmp_path / "run")[-1]["epoch"] == 2
@@ -45,22 +54,31 @@ def test_balanced_and_smaller_sets_are_what_the_loss_sees(tmp_path, monkeypatch)
     seen.clear()
     train(*SMALL, "--epochs", "1", "--subset", "0.5", "--run-dir", tmp_path / "smaller")
     whole = torch.bincount(common.data.load_data("shapes", None, True, size=16, limit=200).labels).tolist()
-    assert len(seen) == 2 and sum(torch.bincount(y, minlength=10) for y in seen).tolist() == pytest.approx([n for n in whole], abs=4)
+    assert len(seen) == 2 and sum(torch.bincount(y, minlength=10) for y in seen).tolist() == pytest.approx(
+        [n for n in whole], abs=4
+    )
 
 
 def test_a_part_of_a_streamed_folder_keeps_images_and_labels_together(tmp_path):
     folder_of(tmp_path, ["train"], ["a", "b", "c"], count=8)
     whole = common.data.load_data("folder", tmp_path, True, size=16)
-    stream = common.data.load_data("folder", tmp_path, True, size=16, stream=True)._replace(images=whole.images[:10])  # a sample of ten
+    stream = common.data.load_data("folder", tmp_path, True, size=16, stream=True)._replace(
+        images=whole.images[:10]
+    )  # a sample of ten
     part = common.data.take(stream, common.data.stratified(stream.labels, 0.5, common.data.generator(0)))
     assert len(part.labels) == len(part.files) == 12 and 0 < len(part.images) < 10
     for image, file, label in zip(part.images, part.files, part.labels):
-        assert torch.equal(image, common.data.resize_and_crop(common.data.read_image(file), 16)) and f"/{'abc'[label]}/" in file
+        assert (
+            torch.equal(image, common.data.resize_and_crop(common.data.read_image(file), 16))
+            and f"/{'abc'[label]}/" in file
+        )
 
 
 def test_soft_labels_in_a_run_are_what_the_loss_sees(tmp_path, monkeypatch):
     seen, total_loss = [], common.objectives.total_loss
-    monkeypatch.setattr(pretrain, "total_loss", lambda *a: seen.append((a[1].detach().clone(), a[3], loss := total_loss(*a))) or loss)
+    monkeypatch.setattr(
+        pretrain, "total_loss", lambda *a: seen.append((a[1].detach().clone(), a[3], loss := total_loss(*a))) or loss
+    )
     train(*SMALL, "--epochs", "1", "--mix", "mixup", "--precision", "float64", "--run-dir", tmp_path / "run")
     z, y, loss = seen[1]
     assert y.shape == (100, 10) and ((y > 0) & (y < 1)).any()
@@ -85,13 +103,16 @@ def test_subsets_are_stratified_and_noise_is_symmetric():
     noisy = common.data.with_label_noise(y, 0.4, 5, common.data.generator(0))
     assert (noisy != y).double().mean().item() == pytest.approx(0.4, abs=0.02)
     wrong = noisy[(noisy != y) & (y == 2)]
-    assert torch.bincount(wrong, minlength=5)[[0, 1, 3, 4]].double().div(len(wrong)).tolist() == pytest.approx([0.25] * 4, abs=0.05)
+    assert torch.bincount(wrong, minlength=5)[[0, 1, 3, 4]].double().div(len(wrong)).tolist() == pytest.approx(
+        [0.25] * 4, abs=0.05
+    )
     assert torch.equal(common.data.with_label_noise(y, 0.0, 5, common.data.generator(0)), y)
 
 
 def test_noisy_labels_are_counted_in_the_run(tmp_path):
     train(*SMALL, "--epochs", "1", "--label-noise", "1", "--run-dir", tmp_path / "run")
     assert options_of(tmp_path / "run")["noisy_labels"] == 200
+
 
 SEEDS = st.integers(0, 10**6)
 

@@ -1,4 +1,5 @@
 """The numbers that a run logs and prints, against an oracle made of its checkpoint, its data and what its loss saw."""
+
 import json
 import math
 from types import SimpleNamespace

@@ -3,6 +3,7 @@
 Errors are measured against eps * (|L| + S), S the size of the numbers that a loss adds up, max|s|/tau for most: a
 loss can be 1e-11 while its scores are 50. A gradient's scale is max||z||/tau, and its weights err by eps * S.
 """
+
 import math
 from typing import Any, Callable, NamedTuple
 

@@ -1,4 +1,5 @@
 """Accuracy, calibration, temperature and nearest neighbours against the oracle and by hand."""
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,9 @@ def test_calibration_error_is_the_oracles(seed, n, C, bins, scale):
     rng = np.random.default_rng(seed)
     scores, y = torch.tensor(scale * rng.normal(size=(n, C))), torch.tensor(rng.integers(0, C, n))
     error, table = common.metrics.reliability(scores, y, bins)
-    assert error == pytest.approx(oracles.expected_calibration_error(scores.softmax(1).numpy(), y.numpy(), bins), abs=1e-12)
+    assert error == pytest.approx(
+        oracles.expected_calibration_error(scores.softmax(1).numpy(), y.numpy(), bins), abs=1e-12
+    )
     assert sum(row[0] for row in table) == n and all(0 <= row[2] <= 1 for row in table)
 
 
@@ -33,7 +36,12 @@ def test_nearest_neighbours_are_the_oracles(seed, n, D, k, tau):
     rng = np.random.default_rng(seed)
     bank, query = rng.normal(size=(n, D)), rng.normal(size=(5, D))
     bank_y, query_y = rng.integers(0, 3, n), rng.integers(0, 3, 5)
-    if D == 1 or np.isclose(np.diff(np.sort(bank / np.linalg.norm(bank, axis=1, keepdims=True) @ query.T, axis=0), axis=0), 0).any():
+    if (
+        D == 1
+        or np.isclose(
+            np.diff(np.sort(bank / np.linalg.norm(bank, axis=1, keepdims=True) @ query.T, axis=0), axis=0), 0
+        ).any()
+    ):
         return  # ties
     ours = common.metrics.knn_top1(*map(torch.tensor, (bank, bank_y, query, query_y)), k=k, tau=tau)
     assert ours == pytest.approx(oracles.knn_top1(bank, bank_y, query, query_y, k, tau))

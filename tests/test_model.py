@@ -1,4 +1,5 @@
 """Encoders, heads, and the losses as pretrain.py puts them together."""
+
 import math
 from types import SimpleNamespace
 
@@ -21,7 +22,9 @@ def test_n_pair_of_groups_never_sets_a_class_against_itself():
 
 def test_collapsed_features_give_the_announced_loss_and_nothing_falls_below_the_floor():
     labels = torch.arange(4).repeat(8)
-    config = SimpleNamespace(loss="supcon", batch=32, views=2, loss_scale=1.5, tau=0.1, ce_weight=0, mix=None, queue=0, balanced=False)
+    config = SimpleNamespace(
+        loss="supcon", batch=32, views=2, loss_scale=1.5, tau=0.1, ce_weight=0, mix=None, queue=0, balanced=False
+    )
     images = torch.arange(len(labels))
     loss_of = lambda z: common.objectives.total_loss(config, z, None, labels.repeat(2), images).item()
     collapse, floor = common.objectives.collapse_and_floor(config, labels)

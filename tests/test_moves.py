@@ -1,5 +1,6 @@
 """What must move from epoch to epoch, step to step, view to view, image to image and seed to seed does move; what must
 stay (the same seed, a run that goes on, another number of ranks, parts or workers) stays, bit by bit."""
+
 import itertools
 from types import SimpleNamespace
 
@@ -29,9 +30,22 @@ NUMBERED = ALIKE._replace(images=ROWS.expand(N, 3, SIZE, SIZE))  # an image is i
 
 def batches(data, first=0, rank=0, world=1, **options):
     """Of each step from the first one on (views (V, images of the rank, 3, H, W), their labels (V, ...))."""
-    config = {"seed": 0, "views": V, "batch": BATCH, "size": SIZE, "augment": "sim", "crop_min": 0.2, "jitter": 0.5,
-              "loss": "supcon", "balanced": False, "stream": False, "mix": None, "mix_alpha": 1.0, "num_classes": 3,
-              "workers": 0}
+    config = {
+        "seed": 0,
+        "views": V,
+        "batch": BATCH,
+        "size": SIZE,
+        "augment": "sim",
+        "crop_min": 0.2,
+        "jitter": 0.5,
+        "loss": "supcon",
+        "balanced": False,
+        "stream": False,
+        "mix": None,
+        "mix_alpha": 1.0,
+        "num_classes": 3,
+        "workers": 0,
+    }
     config = SimpleNamespace(**config | {"epochs": 2, "micro_batch": None} | options)
     if config.stream:
         data = data._replace(files=data.images)  # read_image is the identity, see below
@@ -176,9 +190,17 @@ def test_noise_of_corruptions_moves_with_image_severity_name_and_seed(monkeypatc
 
 def test_first_weights_move_with_the_seed_and_stay_without():
     def weights(seed):
-        config = SimpleNamespace(seed=seed, arch="small", stem="3x3", loss="supcon", projection="r-8",
-                                 ce_weight=0.5, num_classes=3, normalize_encoder=False,
-                                 ce_detach=False)
+        config = SimpleNamespace(
+            seed=seed,
+            arch="small",
+            stem="3x3",
+            loss="supcon",
+            projection="r-8",
+            ce_weight=0.5,
+            num_classes=3,
+            normalize_encoder=False,
+            ce_detach=False,
+        )
         return {name: w for name, w in pretrain.build_model(config, None).named_parameters() if w.ndim > 1}
 
     first, again, other = weights(0), weights(0), weights(1)
@@ -194,8 +216,9 @@ def test_keys_that_differ_anywhere_have_streams_of_their_own():
 def whole_or_mirrored(shown, *others):
     """Of each view whether it is the picture, its mirror image or one of the others."""
     whole = PICTURE / 255
-    return [any(torch.isclose(x, y, atol=2e-3).all() for y in (whole, whole.flip(2), *others))
-        for x in shown.flatten(0, 2)]
+    return [
+        any(torch.isclose(x, y, atol=2e-3).all() for y in (whole, whole.flip(2), *others)) for x in shown.flatten(0, 2)
+    ]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["on the device", "in workers"])

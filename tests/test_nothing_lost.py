@@ -1,4 +1,5 @@
 """A run that is killed, stopped, short of disk or of numbers loses nothing but the steps since its last checkpoint."""
+
 import contextlib
 import json
 import os
@@ -93,7 +94,9 @@ def test_output_that_nobody_reads_any_more_ends_no_run(long, tmp_path):
 
 
 def test_a_reader_that_is_killed_ends_the_run_at_its_last_step(tmp_path):
-    folder_of(tmp_path, ["train"], ["a", "b"], count=1000)  # an epoch of 500 steps, for readers begin anew in every epoch
+    folder_of(
+        tmp_path, ["train"], ["a", "b"], count=1000
+    )  # an epoch of 500 steps, for readers begin anew in every epoch
     folder = tmp_path / "run"
     bereft = start("pretrain", *FOLDER, "--stream", "--log-every", "1", "--data", tmp_path, "--run-dir", folder)
     wait_for_step(folder, 9, bereft.running)
@@ -147,7 +150,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(damage, long, tmp_
         newest.write_bytes(newest.read_bytes()[: 1000 * len(damage)])
     capsys.readouterr()
     train("--resume", run)
-    assert (f"{newest} cannot be read: going on from {run / 'ckpt-previous.pt'}, step 4" in capsys.readouterr().err) == (damage is not None)
+    assert (
+        f"{newest} cannot be read: going on from {run / 'ckpt-previous.pt'}, step 4" in capsys.readouterr().err
+    ) == (damage is not None)
     assert same_bits(state_of(run), whole[0]) and log_of(run) == whole[1]
     assert common.run_folder.load_checkpoint(run / "ckpt-previous.pt")["step"] == 4  # not the damaged one
 
@@ -156,7 +161,9 @@ def test_a_checkpoint_that_another_process_has_left_behind_is_not_gone_back_from
     files = files_in(trained)
     with pytest.raises(common.cli.Refused, match="has gone on to step 16 meanwhile"):
         common.run_folder.RunFolder(trained, {}, step=12)
-    assert {k: v for k, v in files_in(trained).items() if k.name != "lock"} == {k: v for k, v in files.items() if k.name != "lock"}
+    assert {k: v for k, v in files_in(trained).items() if k.name != "lock"} == {
+        k: v for k, v in files.items() if k.name != "lock"
+    }
 
 
 def test_what_one_rank_alone_refuses_ends_every_rank(tmp_path):
@@ -172,7 +179,11 @@ def test_config_keeps_what_the_earlier_parts_of_a_run_ran_on(tmp_path):
     for more in ([*SMALL, "--epochs", "1", "--run-dir"], ["--epochs", "2", "--resume"], ["--epochs", "3", "--resume"]):
         train(*more, run)
     about = json.loads((run / "config.json").read_text())
-    assert about["options"]["epochs"] == 3 and len(about["earlier"]) == 2 and about["earlier"][0]["versions"] == about["versions"]
+    assert (
+        about["options"]["epochs"] == 3
+        and len(about["earlier"]) == 2
+        and about["earlier"][0]["versions"] == about["versions"]
+    )
 
 
 def test_a_folder_in_use_is_refused_to_a_second_process(tmp_path, monkeypatch, capsys):
@@ -216,13 +227,17 @@ def test_a_full_disk_loses_nothing(long, tmp_path):
 def test_a_full_disk_is_told_before_the_first_step_and_by_a_probe(trained, tmp_path, monkeypatch, capsys):
     disk = tmp_path / "disk"
     with small_disk(disk, 1):
-        assert "free space, or name another --run-dir" in refusal(pretrain, [*SMALL, "--run-dir", disk / "run"], monkeypatch, capsys)
+        assert "free space, or name another --run-dir" in refusal(
+            pretrain, [*SMALL, "--run-dir", disk / "run"], monkeypatch, capsys
+        )
     with small_disk(tmp_path / "other", 4):
         (tmp_path / "other" / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
         with contextlib.suppress(OSError), open(tmp_path / "other" / "filler", "wb", buffering=0) as filler:
             while True:
                 filler.write(bytes(1000))
-        error = refusal(linear_probe, [tmp_path / "other" / "ckpt.pt", "--limit", "100", "--epochs", "1"], monkeypatch, capsys)
+        error = refusal(
+            linear_probe, [tmp_path / "other" / "ckpt.pt", "--limit", "100", "--epochs", "1"], monkeypatch, capsys
+        )
         assert "cannot be written" in error and not list((tmp_path / "other").glob("*.tmp"))
 
 
@@ -237,13 +252,34 @@ def test_a_log_that_cannot_be_written_stops_the_run(tmp_path, monkeypatch, capsy
             pass
 
     monkeypatch.setattr(common.run_folder.RunFolder, "_log", Full(), raising=False)
-    monkeypatch.setattr(common.run_folder.RunFolder, "__setattr__", lambda self, name, value: None if name == "_log" else object.__setattr__(self, name, value))
-    assert "log.jsonl cannot be written" in refusal(pretrain, [*SMALL, "--run-dir", tmp_path / "run"], monkeypatch, capsys)
+    monkeypatch.setattr(
+        common.run_folder.RunFolder,
+        "__setattr__",
+        lambda self, name, value: None if name == "_log" else object.__setattr__(self, name, value),
+    )
+    assert "log.jsonl cannot be written" in refusal(
+        pretrain, [*SMALL, "--run-dir", tmp_path / "run"], monkeypatch, capsys
+    )
 
 
 def test_a_loss_that_is_not_finite_names_step_rate_and_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    explosive = ["--loss", "n-pair", "--npair-l2", "0", "--lr", "1e30", "--schedule", "constant", "--warmup", "2.5", "--warmup-from", "0.001", "--log-every", "100"]
+    explosive = [
+        "--loss",
+        "n-pair",
+        "--npair-l2",
+        "0",
+        "--lr",
+        "1e30",
+        "--schedule",
+        "constant",
+        "--warmup",
+        "2.5",
+        "--warmup-from",
+        "0.001",
+        "--log-every",
+        "100",
+    ]
     error = refusal(pretrain, [*SMALL, *explosive, "--run-dir", run], monkeypatch, capsys)
     step, saved = (int(n) for n in re.search(r"step (\d+) \(learning rate .*of step (\d+)", error).groups())
     good = common.run_folder.load_checkpoint(run / "ckpt.pt")
@@ -260,13 +296,21 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, caps
         return model
 
     monkeypatch.setattr(pretrain, "build_model", poisoned)
-    error = refusal(pretrain, [*SMALL, "--save-minutes", "0", "--log-every", "100", "--run-dir", run], monkeypatch, capsys)
+    error = refusal(
+        pretrain, [*SMALL, "--save-minutes", "0", "--log-every", "100", "--run-dir", run], monkeypatch, capsys
+    )
     assert "a weight is not finite at step 2" in error and "ckpt.pt of step 1" in error
     assert common.run_folder.load_checkpoint(run / "ckpt.pt")["step"] == 1
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"),
+    ],
+)
 def test_too_little_memory_names_the_options_to_lower(error, tmp_path, monkeypatch, capsys):
     def short(*arguments):
         raise error
@@ -281,7 +325,9 @@ def test_resume_may_extend_a_run_but_not_change_its_recipe(tmp_path, monkeypatch
     train(*SMALL, "--epochs", "1", "--schedule", "constant", "--warmup", "0", "--run-dir", folder)
     train("--resume", folder, "--epochs", "2")
     assert log_of(folder)[-1]["epoch"] == 2
-    assert "--batch, --tau" in refusal(pretrain, ["--resume", folder, "--tau", "0.2", "--batch", "20"], monkeypatch, capsys)
+    assert "--batch, --tau" in refusal(
+        pretrain, ["--resume", folder, "--tau", "0.2", "--batch", "20"], monkeypatch, capsys
+    )
     assert log_of(folder)[-1]["epoch"] == 2
 
 

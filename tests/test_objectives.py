@@ -1,4 +1,5 @@
 """What pretrain.py makes of the losses: each by its name, its heads, its batches in parts, what a classifier adds."""
+
 import contextlib
 import math
 from types import SimpleNamespace
@@ -16,9 +17,21 @@ pytestmark = pytest.mark.seeds_torch
 n, V, D = 12, 2, 5
 IMAGES = torch.arange(n)
 LABELS = IMAGES % 3
-DEFAULTS = {"views": V, "tau": 0.3, "loss_scale": 1.0, "margin": None, "mining": "semihard", "npair_l2": 0.0,
-            "num_classes": 3, "ce_weight": 0.0, "label_smoothing": 0.0, "mix": None, "queue": 0, "balanced": False,
-            "batch": n}
+DEFAULTS = {
+    "views": V,
+    "tau": 0.3,
+    "loss_scale": 1.0,
+    "margin": None,
+    "mining": "semihard",
+    "npair_l2": 0.0,
+    "num_classes": 3,
+    "ce_weight": 0.0,
+    "label_smoothing": 0.0,
+    "mix": None,
+    "queue": 0,
+    "balanced": False,
+    "batch": n,
+}
 
 
 def config(**options):
@@ -62,7 +75,9 @@ def test_cross_entropy_alone_and_beside_a_loss_is_smoothed(smoothing):
     z, logits, y = F.normalize(rows()), rows(1)[:, :3], LABELS.repeat(V)
     target = (1 - smoothing) * F.one_hot(y, 3) + smoothing / 3
     ce = -(target * logits.log_softmax(1)).sum(1).mean().item()
-    total = lambda **o: common.objectives.total_loss(config(label_smoothing=smoothing, **o), z, logits, y, IMAGES).item()
+    total = lambda **o: common.objectives.total_loss(
+        config(label_smoothing=smoothing, **o), z, logits, y, IMAGES
+    ).item()
     assert total(loss="ce") == pytest.approx(ce)
     expected = 0.6 * 2 * ref.supcon_out(z.numpy(), y.numpy(), 0.3) + 0.4 * ce
     assert total(loss="supcon", loss_scale=2.0, ce_weight=0.4) == pytest.approx(expected)
@@ -72,8 +87,17 @@ def test_cross_entropy_alone_and_beside_a_loss_is_smoothed(smoothing):
 
 
 def model_of(**options):
-    defaults = {"seed": 0, "arch": "small", "stem": "3x3", "loss": "supcon", "projection": "r-7", "ce_weight": 0.0, "num_classes": 3, "normalize_encoder": False,
-                "ce_detach": False}
+    defaults = {
+        "seed": 0,
+        "arch": "small",
+        "stem": "3x3",
+        "loss": "supcon",
+        "projection": "r-7",
+        "ce_weight": 0.0,
+        "num_classes": 3,
+        "normalize_encoder": False,
+        "ce_detach": False,
+    }
     return pretrain.build_model(SimpleNamespace(**defaults | options), None)
 
 
@@ -118,10 +142,17 @@ def test_hidden_layers_are_as_wide_as_the_encoder_or_as_said():
         assert widths == [expected, expected, 7]
 
 
-@pytest.mark.parametrize("options", [
-    {"loss": "supcon"}, {"loss": "simclr"}, {"loss": "supcon", "ce_weight": 0.4}, {"loss": "ce", "views": 1},
-    {"loss": "supcon", "views": 3},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "supcon"},
+        {"loss": "simclr"},
+        {"loss": "supcon", "ce_weight": 0.4},
+        {"loss": "ce", "views": 1},
+        {"loss": "supcon", "views": 3},
+    ],
+    ids=str,
+)
 def test_a_batch_in_parts_has_the_loss_features_and_gradients_of_the_whole(options):
     c = config(**options)
     torch.manual_seed(0)
@@ -143,8 +174,14 @@ def test_a_batch_in_parts_has_the_loss_features_and_gradients_of_the_whole(optio
         def views(self):
             return x[:, self.rows].flatten(0, 1), LABELS[self.rows].repeat(c.views)
 
-    run = SimpleNamespace(config=c, model=model, parallel=model, queue=None, contrasts=lambda: None,
-                          without_reduction=contextlib.nullcontext)
+    run = SimpleNamespace(
+        config=c,
+        model=model,
+        parallel=model,
+        queue=None,
+        contrasts=lambda: None,
+        without_reduction=contextlib.nullcontext,
+    )
     z, logits = model(x.flatten(0, 1))
     whole = common.objectives.total_loss(c, z, logits, LABELS.repeat(c.views), torch.arange(n))
     used = [w for w in model.parameters() if c.loss != "ce" or w.shape[0] != D]

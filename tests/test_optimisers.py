@@ -1,4 +1,5 @@
 """Learning-rate schedules by hand; LARS and RMSProp against the oracle."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,12 +16,16 @@ pytestmark = pytest.mark.seeds_torch
 
 
 def config(**options):
-    return SimpleNamespace(**{"lr": 0.5, "epochs": 1000, "warmup": 10.0, "warmup_from": 0.01, "schedule": "cosine"} | options)
+    return SimpleNamespace(
+        **{"lr": 0.5, "epochs": 1000, "warmup": 10.0, "warmup_from": 0.01, "schedule": "cosine"} | options
+    )
 
 
 def test_warmup_and_cosine_are_the_reference_codes():
     lr = [common.optim.learning_rate(config(), step, 10) for step in range(10001)]
-    assert lr[0] == 0.01 and lr[50] == pytest.approx((0.01 + lr[100]) / 2) and lr[100] == pytest.approx(0.49988, abs=5e-6)
+    assert (
+        lr[0] == 0.01 and lr[50] == pytest.approx((0.01 + lr[100]) / 2) and lr[100] == pytest.approx(0.49988, abs=5e-6)
+    )
     assert all(a > b for a, b in zip(lr[100:], lr[101:])) and lr[10000] == pytest.approx(0.5e-3)
     assert lr[5000] == pytest.approx(0.5 * (1e-3 + 1) / 2)
 
@@ -28,18 +33,36 @@ def test_warmup_and_cosine_are_the_reference_codes():
 def test_step_exponential_and_constant_by_hand():
     step = [common.optim.learning_rate(config(schedule="step", warmup=0.0), s, 1) for s in (0, 699, 700, 800, 900, 999)]
     assert step == pytest.approx([0.5, 0.5, 0.05, 0.005, 0.0005, 0.0005])
-    probe = [common.optim.learning_rate(config(schedule="step", warmup=0.0, epochs=100, lr=5.0), s, 1, marks=(0.6, 0.75, 0.9), factor=0.2) for s in (59, 60, 75, 90)]
+    probe = [
+        common.optim.learning_rate(
+            config(schedule="step", warmup=0.0, epochs=100, lr=5.0), s, 1, marks=(0.6, 0.75, 0.9), factor=0.2
+        )
+        for s in (59, 60, 75, 90)
+    ]
     assert probe == pytest.approx([5, 1, 0.2, 0.04])
-    exponential = [common.optim.learning_rate(config(schedule="exponential", warmup=0.0), s, 4) for s in (0, 1, 2, 3, 4, 400)]
+    exponential = [
+        common.optim.learning_rate(config(schedule="exponential", warmup=0.0), s, 4) for s in (0, 1, 2, 3, 4, 400)
+    ]
     assert exponential == pytest.approx([0.5 * 0.97**k for k in (0, 0, 1, 1, 2, 200)])
-    warmed = [common.optim.learning_rate(config(schedule="exponential", warmup=2.0, warmup_from=0.0), s, 4) for s in (0, 4, 8, 10)]
+    warmed = [
+        common.optim.learning_rate(config(schedule="exponential", warmup=2.0, warmup_from=0.0), s, 4)
+        for s in (0, 4, 8, 10)
+    ]
     assert warmed == pytest.approx([0, 0.25, 0.5, 0.5 * 0.97])  # it decays from the end of the warm-up on
     assert common.optim.learning_rate(config(schedule="constant", warmup=0.0), 7, 4) == 0.5
+
 
 shapes = st.sampled_from([(3,), (2, 3), (4, 1), (2, 1, 3, 3)])
 
 
-@given(st.integers(0, 2**32 - 1), shapes, st.sampled_from([0, 0.5, 0.9]), st.sampled_from([0, 1e-4, 0.1]), st.sampled_from([0, 1]), st.sampled_from([0, 1]))
+@given(
+    st.integers(0, 2**32 - 1),
+    shapes,
+    st.sampled_from([0, 0.5, 0.9]),
+    st.sampled_from([0, 1e-4, 0.1]),
+    st.sampled_from([0, 1]),
+    st.sampled_from([0, 1]),
+)
 def test_lars_is_the_oracles(seed, shape, momentum, decay, scale_w, scale_g):
     rng = np.random.default_rng(seed)
     w, grads = scale_w * rng.normal(size=shape), [scale_g * rng.normal(size=shape) for _ in range(20)]
@@ -48,7 +71,9 @@ def test_lars_is_the_oracles(seed, shape, momentum, decay, scale_w, scale_g):
     for g in grads:
         p.grad = torch.tensor(g)
         optimizer.step()
-    np.testing.assert_allclose(p.detach().numpy(), oracles.lars(w, grads, 0.3, momentum, decay, 0.02), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        p.detach().numpy(), oracles.lars(w, grads, 0.3, momentum, decay, 0.02), rtol=1e-12, atol=1e-14
+    )
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0, 0.9]), st.sampled_from([0, 0.01]))
@@ -57,7 +82,9 @@ def test_lars_is_sgd_where_its_ratio_is_1(seed, momentum, decay):
     vector, matrix = torch.tensor(rng.normal(size=5)), torch.tensor(rng.normal(size=(3, 4)))
     ours, sgd = ([torch.nn.Parameter(vector.clone()), torch.nn.Parameter(matrix.clone())] for _ in range(2))
     lars = common.optim.LARS(ours, 0.1, momentum, decay, eta=1.0)
-    plain = torch.optim.SGD([{"params": sgd[:1], "weight_decay": 0}, {"params": sgd[1:]}], 0.1, momentum, weight_decay=decay)
+    plain = torch.optim.SGD(
+        [{"params": sgd[:1], "weight_decay": 0}, {"params": sgd[1:]}], 0.1, momentum, weight_decay=decay
+    )
     for _ in range(20):
         g = torch.tensor(rng.normal(size=(3, 4)))
         with torch.no_grad():  # ||g + decay w|| = ||w||: the ratio eta ||w|| / ||g|| is 1
@@ -70,7 +97,9 @@ def test_lars_is_sgd_where_its_ratio_is_1(seed, momentum, decay):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@given(st.integers(0, 2**32 - 1), shapes, st.sampled_from([0, 0.9]), st.sampled_from([0, 0.1]), st.sampled_from([1e-4, 1]))
+@given(
+    st.integers(0, 2**32 - 1), shapes, st.sampled_from([0, 0.9]), st.sampled_from([0, 0.1]), st.sampled_from([1e-4, 1])
+)
 def test_rmsprop_is_the_oracles(seed, shape, momentum, decay, scale):
     rng = np.random.default_rng(seed)
     w, grads = rng.normal(size=shape), [scale * rng.normal(size=shape) for _ in range(20)]
@@ -79,7 +108,9 @@ def test_rmsprop_is_the_oracles(seed, shape, momentum, decay, scale):
     for g in grads:
         p.grad = torch.tensor(g)
         optimizer.step()
-    np.testing.assert_allclose(p.detach().numpy(), oracles.rmsprop(w, grads, 0.3, momentum, decay), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        p.detach().numpy(), oracles.rmsprop(w, grads, 0.3, momentum, decay), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("make", [common.optim.LARS, common.optim.RMSProp])
@@ -100,7 +131,10 @@ def test_an_optimisers_state_survives_a_checkpoint(make):
     assert torch.equal(run(False), run(True))
 
 
-@pytest.mark.parametrize("optimizer", [["--optimizer", "lars", "--lr", "1"], ["--optimizer", "rmsprop", "--lr", "0.001"], ["--lr-per-256", "0.1"]])
+@pytest.mark.parametrize(
+    "optimizer",
+    [["--optimizer", "lars", "--lr", "1"], ["--optimizer", "rmsprop", "--lr", "0.001"], ["--lr-per-256", "0.1"]],
+)
 def test_every_optimiser_trains(optimizer, tmp_path):
     train(*SMALL, *optimizer, "--schedule", "exponential", "--run-dir", tmp_path / "run")
     epochs = [line["mean_loss"] for line in log_of(tmp_path / "run") if "mean_loss" in line]
@@ -119,12 +153,14 @@ def test_schedule_is_the_reference_codes():
     assert [round(rate(48 * e), 6) for e in (20, 700, 800, 900)] == [0.5, 0.05, 0.005, 0.0005]
 
 
-@pytest.mark.parametrize("name, kind", [("sgd", torch.optim.SGD), ("lars", common.optim.LARS), ("rmsprop", common.optim.RMSProp)])
+@pytest.mark.parametrize(
+    "name, kind", [("sgd", torch.optim.SGD), ("lars", common.optim.LARS), ("rmsprop", common.optim.RMSProp)]
+)
 def test_an_optimiser_by_its_name_has_the_rate_momentum_and_decay_that_are_asked_for(name, kind):
     w = torch.nn.Parameter(torch.ones(2, 2))
     asked = SimpleNamespace(optimizer=name, momentum=0.7, nesterov=name == "sgd")
     optimizer = common.optim.make_optimizer(asked, [{"params": [w], "weight_decay": 0.03}], 0.2)
-    group, = optimizer.param_groups
+    (group,) = optimizer.param_groups
     assert type(optimizer) is kind and (group["lr"], group["momentum"], group["weight_decay"]) == (0.2, 0.7, 0.03)
     assert name != "sgd" or group["nesterov"]
     assert name != "lars" or group["eta"] == 1e-3  # the official code's, as are decay and epsilon

@@ -1,4 +1,5 @@
 """The published settings, number by number."""
+
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from runs import folder_of, options_of, probe, train
 pytestmark = pytest.mark.seeds_torch
 
 
-# As published: batch, epochs, peak rate, tau, factor of the loss, weight decay, warm-up, optimiser; then the probe's peak rate.
+# As published: batch, epochs, peak rate, tau, loss factor, weight decay, warm-up, optimiser, the probe's peak rate.
 PUBLISHED = {
     "cifar10-supcon": (1024, 1000, 0.5, 0.1, 1 / 0.7, 1e-4, 10, "sgd", 5),
     "cifar100-supcon": (1024, 1000, 0.5, 0.1, 1 / 0.7, 1e-4, 10, "sgd", 5),
@@ -40,7 +41,17 @@ def peak(o):
 def test_presets_hold_the_published_numbers(name):
     o, probe = common.presets.PRESETS[name].pretrain, common.presets.PRESETS[name].probe
     optimizer = "nesterov" if o.get("nesterov") else o.get("optimizer", "sgd")
-    here = [o["batch"], o["epochs"], peak(o), o.get("tau"), o.get("loss_scale"), o["weight_decay"], o["warmup"], optimizer, peak(probe) if probe else None]
+    here = [
+        o["batch"],
+        o["epochs"],
+        peak(o),
+        o.get("tau"),
+        o.get("loss_scale"),
+        o["weight_decay"],
+        o["warmup"],
+        optimizer,
+        peak(probe) if probe else None,
+    ]
     for ours, published in zip(here, PUBLISHED[name]):
         assert ours == (pytest.approx(published) if isinstance(published, float) else published)
 
@@ -56,7 +67,9 @@ def test_the_presets_probes_and_heads_are_the_published_ones():
             assert o["normalize_encoder"] and o["projection"] == "128"
             assert probe["optimizer"] == "rmsprop"
             assert (probe["epochs"], probe["warmup"], probe["schedule"]) == (90, 12, "exponential")
-        if official:  # its scripts' --projection_head_layers=2048,2048,128, and batch norm over all cores but for one script
+        if (
+            official
+        ):  # its scripts' --projection_head_layers=2048,2048,128, and batch norm over all cores but for one script
             assert o["loss"] != "simclr" or o["projection"] == "r-r-128"
             assert o.get("sync_bn", False) == (name != "cifar10-supcon-tf")
         if o["loss"] == "ce":
@@ -64,7 +77,12 @@ def test_the_presets_probes_and_heads_are_the_published_ones():
         if o["augment"] == "sim":
             assert o["jitter"] == (1.0 if "solo" in name or name == "imagenet-simclr-r50" else 0.5)
         if common.presets.REFERENCE in preset.source and probe:
-            assert (probe["epochs"], probe["batch"], probe["weight_decay"], probe["schedule"]) == (100, 512, (0.0,), "step")
+            assert (probe["epochs"], probe["batch"], probe["weight_decay"], probe["schedule"]) == (
+                100,
+                512,
+                (0.0,),
+                "step",
+            )
     assert {o.pretrain["augment"] for n, o in common.presets.PRESETS.items() if "r200" in n} == {"stacked-rand"}
 
 
@@ -72,14 +90,35 @@ def test_the_presets_probes_and_heads_are_the_published_ones():
 def test_every_preset_builds_its_encoder_and_takes_a_step(name, tmp_path, monkeypatch, capsys):
     """The real encoder is built without memory; the step is a small one's. One real ResNet is stepped below."""
     built = []
-    monkeypatch.setattr(pretrain, "build_encoder", lambda *how: built.append(how) or (common.models.small_encoder(), 144))
+    monkeypatch.setattr(
+        pretrain, "build_encoder", lambda *how: built.append(how) or (common.models.small_encoder(), 144)
+    )
     folder_of(tmp_path, ["train"], ["a", "b", "c"], size=(40, 40))
-    small = ["--dataset", "folder", "--data", str(tmp_path), "--limit", "8", "--size", "32", "--batch", "8", "--epochs", "1", "--device", "cpu"]
+    small = [
+        "--dataset",
+        "folder",
+        "--data",
+        str(tmp_path),
+        "--limit",
+        "8",
+        "--size",
+        "32",
+        "--batch",
+        "8",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
     train(*small, "--recipe", name, "--workers", "0", "--run-dir", tmp_path / "run")
     out, o = capsys.readouterr().out, common.presets.PRESETS[name].pretrain
     assert f"recipe {name}: {common.presets.PRESETS[name].source}" in out and f"--batch {o['batch']}" in out
     config = options_of(tmp_path / "run")
-    kept = {k: v for k, v in o.items() if k not in ("dataset", "size", "batch", "epochs", "warmup", "lr", "lr_per_256", "stream", "sync_bn")}
+    kept = {
+        k: v
+        for k, v in o.items()
+        if k not in ("dataset", "size", "batch", "epochs", "warmup", "lr", "lr_per_256", "stream", "sync_bn")
+    }
     assert {k: config[k] for k in kept} == kept
     assert config["lr"] == pytest.approx(o["lr"] if "lr" in o else o["lr_per_256"] * 8 / 256)
     assert built == [(o["arch"], o["stem"])]
@@ -93,12 +132,35 @@ def test_every_preset_builds_its_encoder_and_takes_a_step(name, tmp_path, monkey
 def test_imagenets_preset_runs_to_its_probe_on_a_folder_of_jpegs(tmp_path):
     folder_of(tmp_path, ["train", "val"], ["a", "b", "c", "d", "e", "f"], count=2, size=(260, 240), kind="jpeg")
     run = tmp_path / "run"
-    options = ["--recipe", "imagenet-supcon-r50", "--data", str(tmp_path), "--arch", "resnet18", "--batch", "6", "--epochs", "1", "--workers", "0"]
+    options = [
+        "--recipe",
+        "imagenet-supcon-r50",
+        "--data",
+        str(tmp_path),
+        "--arch",
+        "resnet18",
+        "--batch",
+        "6",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+    ]
     train(*options, "--run-dir", run)
     taken = options_of(run)
-    assert (taken["size"], taken["stem"], taken["augment"], taken["stream"], taken["normalize_encoder"]) == (224, "7x7", "auto", True, True)
+    assert (taken["size"], taken["stem"], taken["augment"], taken["stream"], taken["normalize_encoder"]) == (
+        224,
+        "7x7",
+        "auto",
+        True,
+        True,
+    )
     result = probe(run, "--recipe", "imagenet-supcon-r50", "--batch", "6", "--epochs", "2", "--workers", "0")
-    assert 0 <= result["top1"] <= result["top5"] <= 100 and result["test_images"] == 12 and result["fit"]["label_smoothing"] == 0.05
+    assert (
+        0 <= result["top1"] <= result["top5"] <= 100
+        and result["test_images"] == 12
+        and result["fit"]["label_smoothing"] == 0.05
+    )
 
 
 def test_options_override_a_preset_and_what_is_bound_to_them():
@@ -107,7 +169,9 @@ def test_options_override_a_preset_and_what_is_bound_to_them():
     taken = common.config.of_preset(wanted, set(given))
     assert not {"loss", "tau", "loss_scale", "projection", "lr", "lr_per_256", "epochs", "warmup"} & taken.keys()
     assert taken["optimizer"] == "lars" and taken["batch"] == 6144
-    assert common.config.of_preset(wanted | {"loss": "supcon"}, {"loss"})["tau"] == 0.1  # given, but as the preset has it
+    assert (
+        common.config.of_preset(wanted | {"loss": "supcon"}, {"loss"})["tau"] == 0.1
+    )  # given, but as the preset has it
 
 
 def test_recipe_list_prints_every_number(capsys):
@@ -116,4 +180,8 @@ def test_recipe_list_prints_every_number(capsys):
     parts = dict(zip(common.presets.PRESETS, out.split("recipe ")[1:]))
     for name, preset in common.presets.PRESETS.items():
         assert parts[name].startswith(f"{name}: {preset.source}") and preset.differs in parts[name]
-        assert all(common.presets.as_option(k, v) in parts[name] for stage in (preset.pretrain, preset.probe) for k, v in stage.items())
+        assert all(
+            common.presets.as_option(k, v) in parts[name]
+            for stage in (preset.pretrain, preset.probe)
+            for k, v in stage.items()
+        )

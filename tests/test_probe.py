@@ -1,4 +1,5 @@
 """The linear probe: its grid, what it holds out, what it reports, the classifier that it leaves."""
+
 import json
 from types import SimpleNamespace
 
@@ -18,18 +19,39 @@ pytestmark = pytest.mark.seeds_torch
 
 
 def fit(**options):
-    defaults = {"epochs": 8, "batch": 16, "optimizer": "sgd", "momentum": 0.9, "nesterov": True, "schedule": "cosine", "warmup": 1.0, "warmup_from": 0.0,
-                "label_smoothing": 0.0, "standardize": True, "seed": 0, "lr": 1.0}
+    defaults = {
+        "epochs": 8,
+        "batch": 16,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "nesterov": True,
+        "schedule": "cosine",
+        "warmup": 1.0,
+        "warmup_from": 0.0,
+        "label_smoothing": 0.0,
+        "standardize": True,
+        "seed": 0,
+        "lr": 1.0,
+    }
     return SimpleNamespace(**defaults | options)
 
 
 def clusters(n, classes=4, width=6, spread=0.5, seed=0):
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % classes
-    return 2 * torch.randn(classes, width, generator=torch.Generator().manual_seed(9))[y] + spread * torch.randn(n, width, generator=g), y
+    return 2 * torch.randn(classes, width, generator=torch.Generator().manual_seed(9))[y] + spread * torch.randn(
+        n, width, generator=g
+    ), y
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "lars", "nesterov": False}, {"optimizer": "rmsprop", "nesterov": False, "schedule": "exponential"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimizer": "lars", "nesterov": False},
+        {"optimizer": "rmsprop", "nesterov": False, "schedule": "exponential"},
+    ],
+)
 def test_a_cell_of_the_grid_is_the_same_alone(options):
     r, y = clusters(80)
     cells = [(0.1, 0.0), (1.0, 0.0), (0.1, 0.1)]
@@ -64,14 +86,21 @@ def test_one_cell_is_torchs_own_linear_layer_and_optimizer(schedule):
 def test_the_best_cell_is_chosen_on_the_held_out_part_of_the_training_set():
     r, y = clusters(200)
     found = linear_probe.probe(r, y, 4, [(1e-6, 0.0), (0.3, 0.0), (1e-6, 1.0)], fit(epochs=20))
-    assert found.cell == (0.3, 0.0) and found.held_out_top1 == max(accuracy for _, _, accuracy in found.grid) and len(found.grid) == 3
+    assert (
+        found.cell == (0.3, 0.0)
+        and found.held_out_top1 == max(accuracy for _, _, accuracy in found.grid)
+        and len(found.grid) == 3
+    )
     test_r, test_y = clusters(100, seed=1)
     assert common.metrics.topk(found.classifier(test_r), test_y, 1) > 95
 
 
 def test_held_out_images_are_not_fitted_to():
     g = torch.Generator().manual_seed(0)
-    r, y = torch.randn(200, 400, generator=g), torch.randint(4, (200,), generator=g)  # noise, wide enough to learn by heart
+    r, y = (
+        torch.randn(200, 400, generator=g),
+        torch.randint(4, (200,), generator=g),
+    )  # noise, wide enough to learn by heart
     found = linear_probe.probe(r, y, 4, [(0.1, 0.0), (0.3, 0.0)], fit(epochs=50))
     assert common.metrics.topk(found.classifier(r), y, 1) == 100 and found.held_out_top1 < 60
 
@@ -120,7 +149,10 @@ def test_a_saved_classifier_maps_images_to_the_reported_accuracy(probed):
     assert common.metrics.reliability(scores, test.labels)[0] == pytest.approx(result["ece"], abs=2e-3)
     assert classifier.classes == test.classes and classifier.temperature == result["temperature"]
     assert np.mean(list(result["per_class_top1"].values())) == pytest.approx(result["top1"], abs=2.0)
-    assert common.metrics.topk(scores, test.labels, 5) == pytest.approx(result["top5"], abs=0.11) and result["top5"] > result["top1"]
+    assert (
+        common.metrics.topk(scores, test.labels, 5) == pytest.approx(result["top5"], abs=0.11)
+        and result["top5"] > result["top1"]
+    )
     calibrated = common.metrics.reliability(scores / classifier.temperature, test.labels)[0]
     assert calibrated == pytest.approx(result["ece_after_temperature"], abs=2e-3)
 
@@ -128,9 +160,15 @@ def test_a_saved_classifier_maps_images_to_the_reported_accuracy(probed):
 def test_neighbours_and_geometry_are_those_of_the_encoder(probed):
     frozen = common.frozen.load_encoder(probed.with_name("ckpt.pt"), torch.device("cpu"))
     result = json.loads((probed.parent / "probe-first400.json").read_text())
-    train, test = common.data.load_data("shapes", None, True, size=16, limit=400), common.data.load_data("shapes", None, False, size=16)
+    train, test = (
+        common.data.load_data("shapes", None, True, size=16, limit=400),
+        common.data.load_data("shapes", None, False, size=16),
+    )
     r, r_test = common.frozen.extract(frozen, train), common.frozen.extract(frozen, test)
-    assert result["knn_top1"] == pytest.approx(common.metrics.knn_top1(r, train.labels, r_test, test.labels), abs=0.11) and result["test_images"] == 2000
+    assert (
+        result["knn_top1"] == pytest.approx(common.metrics.knn_top1(r, train.labels, r_test, test.labels), abs=0.11)
+        and result["test_images"] == 2000
+    )
     z = torch.nn.functional.normalize(r_test.double())
     assert result["uniformity"] == pytest.approx(ref.uniformity(z[:300].numpy()), abs=0.2)
     same = (test.labels[:, None] == test.labels).fill_diagonal_(False)
@@ -144,8 +182,12 @@ def test_fractions_augmentation_recipes_and_normalised_features_are_probed(train
     classifiers = {}
     one = ["--lr", "0.1", "--weight-decay", "0"]
     for name, options in {
-        "plain": one, "augment": [*one, "--augment"], "l2": [*one, "--l2-normalize", "--no-standardize"], "raw": [*one, "--no-standardize"],
-        "lars": ["--lr-per-256", "0.2", "--optimizer", "lars"], "smooth": [*one, "--label-smoothing", "0.2"],
+        "plain": one,
+        "augment": [*one, "--augment"],
+        "l2": [*one, "--l2-normalize", "--no-standardize"],
+        "raw": [*one, "--no-standardize"],
+        "lars": ["--lr-per-256", "0.2", "--optimizer", "lars"],
+        "smooth": [*one, "--label-smoothing", "0.2"],
     }.items():
         result = probe(tmp_path, "--limit", "600", "--epochs", "2", *options)
         assert 0 < result["top1"] <= result["top5"] <= 100
@@ -153,7 +195,9 @@ def test_fractions_augmentation_recipes_and_normalised_features_are_probed(train
         if name == "l2":
             test = common.data.load_data("shapes", None, False, size=16)
             with torch.no_grad():
-                assert common.metrics.topk(classifiers[name](test.images), test.labels, 1) == pytest.approx(result["top1"], abs=0.2)
+                assert common.metrics.topk(classifiers[name](test.images), test.labels, 1) == pytest.approx(
+                    result["top1"], abs=0.2
+                )
             assert result["fit"]["l2_normalize"] and not result["fit"]["standardize"]
     weights = [c.linear.weight for c in classifiers.values()]
     assert all(not torch.allclose(a, b, rtol=1e-3) for k, a in enumerate(weights) for b in weights[:k])
@@ -164,9 +208,18 @@ def test_probes_of_other_settings_leave_files_of_their_own(trained, tmp_path, ca
     few = probe(tmp_path, "--limit", "600", "--epochs", "2", "--subset", "0.1")
     assert few["train_images"] == pytest.approx(60, abs=5) and (tmp_path / "probe-0.1-first600.json").exists()
     recipe = probe(tmp_path, "--limit", "600", "--epochs", "2", "--recipe", "cifar10-supcon", "--lr", "3")
-    assert (recipe["lr"], recipe["weight_decay"], recipe["fit"]["schedule"], recipe["fit"]["standardize"]) == (3, 0, "step", False)
+    assert (recipe["lr"], recipe["weight_decay"], recipe["fit"]["schedule"], recipe["fit"]["standardize"]) == (
+        3,
+        0,
+        "step",
+        False,
+    )
     out = capsys.readouterr().out
-    assert "--lr 3\n" in out and "--no-standardize" in out and (tmp_path / "classifier-first600-cifar10-supcon.pt").exists()
+    assert (
+        "--lr 3\n" in out
+        and "--no-standardize" in out
+        and (tmp_path / "classifier-first600-cifar10-supcon.pt").exists()
+    )
     probe(tmp_path, "--limit", "600", "--recipe", "imagenet-supcon-r50", "--batch", "64", "--epochs", "2")
     for name in ("one", "two"):
         folder_of(tmp_path / name, ["train", "test"], ["a", "b"])
@@ -200,7 +253,9 @@ def test_a_streamed_folder_is_probed_as_one_in_memory(size, tmp_path):
     options = [*FOLDER, "--size", str(size), "--data", str(tmp_path), "--precision", "float32", "--augment", "crop"]
     train(*options, "--stream", "--run-dir", tmp_path / "run")
     frozen = common.frozen.load_encoder(tmp_path / "run" / "ckpt.pt", torch.device("cpu"))
-    memory, stream = (common.data.load_data("folder", tmp_path, True, size=size, stream=stream) for stream in (False, True))
+    memory, stream = (
+        common.data.load_data("folder", tmp_path, True, size=size, stream=stream) for stream in (False, True)
+    )
     torch.testing.assert_close(common.frozen.extract(frozen, memory), common.frozen.extract(frozen, stream))
     assert probe(tmp_path / "run", "--epochs", "2")["test_images"] == 8
 
@@ -211,6 +266,8 @@ def test_views_of_a_streamed_folder_differ_from_image_to_image(tmp_path):
     for k in range(1, 6):  # six times the same picture
         (file.parent / f"{k}.png").write_bytes(file.read_bytes())
     data = common.data.load_data("folder", tmp_path, True, size=16, stream=True)
-    frozen = common.frozen.Frozen(torch.nn.Flatten(), torch.zeros(3), torch.ones(3), {"size": 16, "precision": "float32"}, torch.device("cpu"))
+    frozen = common.frozen.Frozen(
+        torch.nn.Flatten(), torch.zeros(3), torch.ones(3), {"size": 16, "precision": "float32"}, torch.device("cpu")
+    )
     assert len(common.frozen.extract(frozen, data).unique(dim=0)) == 1
     assert len(common.frozen.extract(frozen, data, key=(0, 6, 0)).unique(dim=0)) == 6

@@ -1,4 +1,5 @@
 """The parts of the probe, one by one and in a moment: its frozen encoder, its views, its choice, its baselines."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,20 @@ import linear_probe
 from runs import folder_of
 
 pytestmark = pytest.mark.seeds_torch
-FIT = {"epochs": 20, "batch": 16, "optimizer": "sgd", "momentum": 0.9, "nesterov": True, "schedule": "cosine",
-       "warmup": 0.0, "warmup_from": 0.0, "label_smoothing": 0.0, "standardize": True, "seed": 0,
-       "lr": 1.0}
+FIT = {
+    "epochs": 20,
+    "batch": 16,
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "nesterov": True,
+    "schedule": "cosine",
+    "warmup": 0.0,
+    "warmup_from": 0.0,
+    "label_smoothing": 0.0,
+    "standardize": True,
+    "seed": 0,
+    "lr": 1.0,
+}
 
 
 def frozen(encoder, size=16, **config):

@@ -1,4 +1,5 @@
 """The queue and its momentum encoder."""
+
 import pytest
 import torch
 
@@ -20,11 +21,24 @@ def test_a_queue_of_the_previous_batch_gives_the_oracles_loss_on_both(tmp_path, 
         return loss
 
     monkeypatch.setattr(pretrain, "total_loss", noted)
-    options = ["--precision", "float64", "--queue", "100", "--momentum-encoder", "0", "--epochs", "1", "--run-dir", str(tmp_path / "run")]
+    options = [
+        "--precision",
+        "float64",
+        "--queue",
+        "100",
+        "--momentum-encoder",
+        "0",
+        "--epochs",
+        "1",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     train(*SMALL, *options)
     assert seen[0][2] is None and len(seen) == 4
     for (z_before, y_before, _, _), (z, y, queue, loss) in zip(seen, seen[1:]):
-        torch.testing.assert_close(queue[0], z_before, rtol=1e-12, atol=1e-12)  # 50 images, two views, as the same weights see them
+        torch.testing.assert_close(
+            queue[0], z_before, rtol=1e-12, atol=1e-12
+        )  # 50 images, two views, as the same weights see them
         assert torch.equal(queue[1], y_before)
         contrast, labels = torch.cat([z, z_before]).numpy(), torch.cat([y, y_before]).numpy()
         assert loss == pytest.approx(ref.supcon_against(z.numpy(), y.numpy(), contrast, labels, 0.1, own=0), rel=1e-9)
@@ -46,7 +60,10 @@ def test_the_momentum_encoder_is_a_running_mean_of_the_weights():
     assert queue.y.tolist() == [2, 2, 3, 3, 3, 3] and queue.z[:, 0].tolist() == queue.y.tolist()  # the oldest have gone
 
 
-@pytest.mark.parametrize("loss", [["--loss", "supcon"], ["--loss", "simclr", "--micro-batch", "10"], ["--loss", "supcon-in", "--ce-weight", "0.2"]])
+@pytest.mark.parametrize(
+    "loss",
+    [["--loss", "supcon"], ["--loss", "simclr", "--micro-batch", "10"], ["--loss", "supcon-in", "--ce-weight", "0.2"]],
+)
 def test_a_run_with_a_queue_resumes_to_the_same_bits(loss, tmp_path):
     options = [*SMALL, *loss, "--queue", "150", "--momentum-encoder", "0.9", "--schedule", "constant", "--warmup", "0"]
     train(*options, "--epochs", "3", "--run-dir", tmp_path / "whole")
@@ -54,4 +71,6 @@ def test_a_run_with_a_queue_resumes_to_the_same_bits(loss, tmp_path):
     train("--resume", tmp_path / "parts", "--epochs", "3")
     whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
     assert same_bits(whole, parts) and log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
-    assert whole["queue"]["z"].shape == (150, 128) and (loss[1] != "simclr" or set(whole["queue"]["y"].tolist()) == {-1})
+    assert whole["queue"]["z"].shape == (150, 128) and (
+        loss[1] != "simclr" or set(whole["queue"]["y"].tolist()) == {-1}
+    )

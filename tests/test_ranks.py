@@ -2,6 +2,7 @@
 
 The second half runs on each rank; torchrun starts this file there.
 """
+
 import gc
 import sys
 from pathlib import Path
@@ -57,7 +58,8 @@ def local_losses(z, logits, y, image, queue):
         "NT-Xent": losses.supcon_sharded(z, image, 0.5),
         "a queue": losses.supcon_sharded(z, y, queue=queue),
         "a queue, L_in": losses.supcon_sharded(z, y, queue=queue, variant="in"),
-        "with cross-entropy": losses.supcon_sharded(z, y) + losses.global_mean(F.cross_entropy(logits, y, reduction="none"), every),
+        "with cross-entropy": losses.supcon_sharded(z, y)
+        + losses.global_mean(F.cross_entropy(logits, y, reduction="none"), every),
         "no value counts": losses.global_mean(z.sum(1), ~every),
         "gathered": losses.supcon_out(losses.all_gather_rows(z), losses.all_gather_rows(y)),
         "gathered triplets": losses.triplet(losses.all_gather_rows(z), losses.all_gather_rows(y), mining="hard"),

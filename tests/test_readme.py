@@ -1,4 +1,5 @@
 """The pages say what is there: their commands, tables, links and code."""
+
 import dataclasses
 import functools
 import importlib.util
@@ -27,7 +28,7 @@ def blocks(page, language):
 
 
 def commands(page):
-    """(the script's file, the words after it) of each command that starts one of our scripts, in a block or in a line."""
+    """(the script's file, the words after it) of each command that starts one of our scripts."""
     for line in re.findall(r"\b(?:python|torchrun) ([^#&`\n]*)", PAGES[page].replace("\\\n", " ")):
         words = line.split()
         if words[:1] == ["-m"]:
@@ -78,8 +79,12 @@ def test_shown_options_exist(page):
 
 def test_readme_shows_the_commands_that_matter():
     shown = [" ".join([path, *words]) for path, words in commands("README.md")]
-    for command in ("pretrain.py --dataset cifar10 --batch 1024", "linear_probe.py runs/cifar10-resnet50-supcon-s0",
-                    "pretrain.py --dataset shapes --augment crop --lr 0.1", "common/figures.py runs/*"):
+    for command in (
+        "pretrain.py --dataset cifar10 --batch 1024",
+        "linear_probe.py runs/cifar10-resnet50-supcon-s0",
+        "pretrain.py --dataset shapes --augment crop --lr 0.1",
+        "common/figures.py runs/*",
+    ):
         assert command in shown
 
 
@@ -111,9 +116,10 @@ def test_commands_of_the_results_are_those_of_the_runs():
 # ---------------------------------------------------------------- tables and picture
 
 
-@pytest.mark.parametrize("page, words", [
-    ("README.md", ("--short", "results/cifar*", "results/fashion*")), ("results/README.md", ("results/*",)),
-])
+@pytest.mark.parametrize(
+    "page, words",
+    [("README.md", ("--short", "results/cifar*", "results/fashion*")), ("results/README.md", ("results/*",))],
+)
 def test_tables_are_what_the_command_prints(page, words):
     mark = " ".join(["python experiments/results_table.py", *words])
     assert marked(page, mark) == printed("experiments/results_table.py", *words)
@@ -164,8 +170,12 @@ def test_code_of_the_readme_runs():
     g = torch.Generator().manual_seed(0)
     weight, images = torch.randn(12, 5, generator=g), torch.randn(2, 6, 3, 2, 2, generator=g)
     weight.requires_grad_()
-    names = {"model": lambda x: x.flatten(1) @ weight, "view0": images[0], "view1": images[1],
-             "labels": torch.tensor([0, 1, 2, 0, 1, 2])}
+    names = {
+        "model": lambda x: x.flatten(1) @ weight,
+        "view0": images[0],
+        "view1": images[1],
+        "labels": torch.tensor([0, 1, 2, 0, 1, 2]),
+    }
     exec(code, names)
     assert weight.grad.norm() > 0
     z = F.normalize(names["model"](images.flatten(0, 1)))

@@ -1,4 +1,5 @@
 """The oracle against the paper, against hand-worked cases and, for its gradients, against central differences."""
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -38,6 +39,7 @@ def clear(values, gap=1e-3):
 
 
 # Gradients
+
 
 @pytest.mark.parametrize("denominator", ["all", "one_positive", "negatives"])
 @pytest.mark.parametrize("name", ["supcon_out", "supcon_in"])
@@ -118,20 +120,23 @@ def test_gradients_of_the_measures_are_the_slopes(batch, t, seed):
     assert_slope(lambda z: ref.tolerance(z, y), ref.tolerance_grad(z, y), z, seed)
 
 
-@pytest.mark.parametrize("name, arguments, options", [
-    ("supcon_out", ([0, 0, 1, 0, 0, 1], 0.4), {}),
-    ("supcon_in", ([0, 0, 1, 0, 0, 2], 0.4), {}),
-    ("supcon_out", ([0, 0, 1, 0, 0, 1], 0.4), {"positives_cap": 0}),
-    ("supcon_in", (np.eye(3)[[0, 1, 2, 0, 1, 1]] + 0.2, 0.4), {}),
-    ("nt_xent", (0.4,), {}),
-    ("hard_contrastive", (0.4, 2), {}),
-    ("simple_contrastive", (0.3,), {"k": 3}),
-    ("triplet", ([0, 0, 1, 0, 0, 1], 0.5), {}),
-    ("max_margin", ([0, 0, 1, 0, 0, 1], 2.0), {}),
-    ("uniformity", (), {}),
-    ("alignment", (), {}),
-    ("tolerance", ([0, 0, 1, 0, 0, 1],), {}),
-])
+@pytest.mark.parametrize(
+    "name, arguments, options",
+    [
+        ("supcon_out", ([0, 0, 1, 0, 0, 1], 0.4), {}),
+        ("supcon_in", ([0, 0, 1, 0, 0, 2], 0.4), {}),
+        ("supcon_out", ([0, 0, 1, 0, 0, 1], 0.4), {"positives_cap": 0}),
+        ("supcon_in", (np.eye(3)[[0, 1, 2, 0, 1, 1]] + 0.2, 0.4), {}),
+        ("nt_xent", (0.4,), {}),
+        ("hard_contrastive", (0.4, 2), {}),
+        ("simple_contrastive", (0.3,), {"k": 3}),
+        ("triplet", ([0, 0, 1, 0, 0, 1], 0.5), {}),
+        ("max_margin", ([0, 0, 1, 0, 0, 1], 2.0), {}),
+        ("uniformity", (), {}),
+        ("alignment", (), {}),
+        ("tolerance", ([0, 0, 1, 0, 0, 1],), {}),
+    ],
+)
 def test_gradient_in_every_coordinate(name, arguments, options):
     z = np.random.default_rng(3).normal(size=(6, 3))
     loss, grad = getattr(ref, name), getattr(ref, name + "_grad")(z, *arguments, **options)
@@ -173,6 +178,7 @@ def test_normalize_grad_is_the_slope_tangential_and_falls_with_the_norm(batch, s
 
 # Values worked by hand. In one dimension, with z_0 = 1, anchor 0's scores are the other rows; e_a = exp(s_0a/tau).
 
+
 def row_of(*e, tau=1.0):
     """Anchor 0 = 1, then rows with exp(s_0a/tau) = e."""
     return np.array([1.0, *(tau * log(e))])[:, None]
@@ -185,14 +191,17 @@ def test_four_equal_scores_give_log_three(loss, y):
     assert loss(np.eye(4), y, 0.37) == pytest.approx(log(3))
 
 
-@pytest.mark.parametrize("denominator, out, in_", [
-    # e = 2, 4 (positives), 3 (negative); D = 9: ratios 2/9 and 4/9, their product 8/81, their mean 3/9
-    ("all", log(9 / sqrt(8)), log(3)),
-    # D = 2 + 3 and 4 + 3: ratios 2/5 and 4/7, product 8/35, mean 17/35
-    ("one_positive", log(35 / 8) / 2, log(35 / 17)),
-    # D = 3: ratios 2/3 and 4/3, product 8/9, mean 1
-    ("negatives", log(9 / 8) / 2, 0),
-])
+@pytest.mark.parametrize(
+    "denominator, out, in_",
+    [
+        # e = 2, 4 (positives), 3 (negative); D = 9: ratios 2/9 and 4/9, their product 8/81, their mean 3/9
+        ("all", log(9 / sqrt(8)), log(3)),
+        # D = 2 + 3 and 4 + 3: ratios 2/5 and 4/7, product 8/35, mean 17/35
+        ("one_positive", log(35 / 8) / 2, log(35 / 17)),
+        # D = 3: ratios 2/3 and 4/3, product 8/9, mean 1
+        ("negatives", log(9 / 8) / 2, 0),
+    ],
+)
 def test_two_positives_and_a_negative(denominator, out, in_):
     z, y = row_of(2, 4, 3, tau=2.0), [0, 0, 0, 1]
     options = dict(denominator=denominator, reduction="none")
@@ -217,19 +226,27 @@ def test_mean_counts_the_anchors_that_have_a_positive(batch, name):
     assert getattr(ref, name)(z, y, tau) == pytest.approx(values.sum() / has_positive.sum())
 
 
-@pytest.mark.parametrize("name, arguments", [
-    ("supcon_out", ([0, 1, 2, 3],)), ("supcon_in", ([0, 1, 2, 3],)), ("supcon_out", (np.eye(4),)),
-    ("triplet", ([0, 1, 2, 3],)), ("triplet", ([0, 0, 0, 0],)), ("max_margin", ([0, 1, 2, 3],)),
-    ("tolerance", ([0, 1, 2, 3],)),
-])
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("supcon_out", ([0, 1, 2, 3],)),
+        ("supcon_in", ([0, 1, 2, 3],)),
+        ("supcon_out", (np.eye(4),)),
+        ("triplet", ([0, 1, 2, 3],)),
+        ("triplet", ([0, 0, 0, 0],)),
+        ("max_margin", ([0, 1, 2, 3],)),
+        ("tolerance", ([0, 1, 2, 3],)),
+    ],
+)
 def test_batch_without_anchors_that_count_gives_zero(name, arguments):
     z = np.random.default_rng(0).normal(size=(4, 3))
     assert getattr(ref, name)(z, *arguments) == 0
     assert np.array_equal(getattr(ref, name + "_grad")(z, *arguments), np.zeros((4, 3)))
 
 
-@pytest.mark.parametrize("name, arguments", [("nt_xent", (0.5,)), ("hard_contrastive", (0.5, 1)),
-                                             ("simple_contrastive", (0.5,))])
+@pytest.mark.parametrize(
+    "name, arguments", [("nt_xent", (0.5,)), ("hard_contrastive", (0.5, 1)), ("simple_contrastive", (0.5,))]
+)
 def test_one_view_has_no_positive(name, arguments):
     z = np.random.default_rng(0).normal(size=(4, 3))
     assert getattr(ref, name)(z, *arguments, views=1) == 0
@@ -259,7 +276,7 @@ def test_cap_skips_the_anchors_own_image(anchor, dropped_image):
     z, y = np.random.default_rng(0).normal(size=(8, 3)), [0, 0, 0, 1] * 2
     before = ref.supcon_out(z, y, 1.0, positives_cap=2, reduction="none")[anchor]
     for row in range(8):
-        moved = z + np.eye(8)[:, row:row + 1]
+        moved = z + np.eye(8)[:, row : row + 1]
         after = ref.supcon_out(moved, y, 1.0, positives_cap=2, reduction="none")[anchor]
         assert (after == before) == (row % 4 == dropped_image)
 
@@ -330,12 +347,15 @@ def test_n_pair_of_two_pairs():
     assert ref.n_pair(anchor, positive) == pytest.approx(log(15 / 4) / 2)
 
 
-@pytest.mark.parametrize("mining, expected", [
-    # anchor at 0, positives at 1, 2 (d = 1, 4), negatives at 1.5, 3 (d = 2.25, 9), margin 2
-    ("hard", [4 - 2.25 + 2]),
-    ("semihard", [1 - 2.25 + 2, 4 - 9 + 2]),
-    ("all", [1 - 2.25 + 2, 1 - 9 + 2, 4 - 2.25 + 2, 4 - 9 + 2]),
-])
+@pytest.mark.parametrize(
+    "mining, expected",
+    [
+        # anchor at 0, positives at 1, 2 (d = 1, 4), negatives at 1.5, 3 (d = 2.25, 9), margin 2
+        ("hard", [4 - 2.25 + 2]),
+        ("semihard", [1 - 2.25 + 2, 4 - 9 + 2]),
+        ("all", [1 - 2.25 + 2, 1 - 9 + 2, 4 - 2.25 + 2, 4 - 9 + 2]),
+    ],
+)
 def test_triplet_of_each_mining(mining, expected):
     z, y = np.array([[0, 1, 2, 1.5, 3]]).T, [0, 0, 0, 1, 1]
     hinged, soft = np.maximum(expected, 0), log(1 + exp(expected))
@@ -391,37 +411,40 @@ def test_small_loss_keeps_its_digits(tau, gap):
 Z, Y = np.eye(4), [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: ref.supcon_out(np.ones(4), Y), r"\(4,\)"),
-    (lambda: ref.supcon_in(np.ones((2, 2, 2)), Y), r"\(2, 2, 2\)"),
-    (lambda: ref.supcon_out(Z, [0, 0, 1]), r"\(3,\)"),
-    (lambda: ref.supcon_out(Z, np.ones((3, 2))), r"\(3, 2\)"),
-    (lambda: ref.triplet(Z, np.eye(4)), r"\(4, 4\)"),
-    (lambda: ref.max_margin(Z, [0]), r"\(1,\)"),
-    (lambda: ref.tolerance(Z, [0]), r"\(1,\)"),
-    (lambda: ref.supcon_out(Z, Y, 0.0), "positive, got 0.0"),
-    (lambda: ref.nt_xent(Z, -0.5), "positive, got -0.5"),
-    (lambda: ref.hard_contrastive(Z, 0, 2), "tau must be positive, got 0"),
-    (lambda: ref.supcon_against(Z, Y, Z, Y, -1.0), "positive, got -1.0"),
-    (lambda: ref.supcon_against(Z, Y, Z, Y[:3]), r"\(3,\)"),
-    (lambda: ref.supcon_out(Z, Y, denominator="some"), "'some'"),
-    (lambda: ref.supcon_out(Z, Y, reduction="sum"), "'sum'"),
-    (lambda: ref.triplet(Z, Y, reduction="sum"), "'sum'"),
-    (lambda: ref.triplet(Z, Y, mining="easy"), "'easy'"),
-    (lambda: ref.supcon_out(Z, Y, positives_cap=-2), "positives_cap -2"),
-    (lambda: ref.supcon_out(Z, Y, positives_cap=3), "positives_cap 3"),
-    (lambda: ref.supcon_out(Z, Y, positives_cap=3, views=3), "4 rows in 3 views"),
-    (lambda: ref.supcon_out(Z, np.eye(4), denominator="negatives"), "class probabilities with negatives"),
-    (lambda: ref.supcon_out(Z, np.eye(4), positives_cap=2), "class probabilities .* cap 2"),
-    (lambda: ref.nt_xent(Z, views=3), "4 rows in 3 views"),
-    (lambda: ref.nt_xent(Z, views=0), "0 views"),
-    (lambda: ref.alignment(Z, views=1), "1 views"),
-    (lambda: ref.hard_contrastive(Z, 0.5, 0), "k must be at least 1, got 0"),
-    (lambda: ref.simple_contrastive(Z, 0.5, k=0), "k must be at least 1, got 0"),
-    (lambda: ref.simple_contrastive(Z, 0.5, views=3), "4 rows in 3 views"),
-    (lambda: ref.n_pair(Z, Z[:2]), r"\(2, 4\)"),
-    (lambda: ref.uniformity(Z[:1]), r"\(1, 4\)"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: ref.supcon_out(np.ones(4), Y), r"\(4,\)"),
+        (lambda: ref.supcon_in(np.ones((2, 2, 2)), Y), r"\(2, 2, 2\)"),
+        (lambda: ref.supcon_out(Z, [0, 0, 1]), r"\(3,\)"),
+        (lambda: ref.supcon_out(Z, np.ones((3, 2))), r"\(3, 2\)"),
+        (lambda: ref.triplet(Z, np.eye(4)), r"\(4, 4\)"),
+        (lambda: ref.max_margin(Z, [0]), r"\(1,\)"),
+        (lambda: ref.tolerance(Z, [0]), r"\(1,\)"),
+        (lambda: ref.supcon_out(Z, Y, 0.0), "positive, got 0.0"),
+        (lambda: ref.nt_xent(Z, -0.5), "positive, got -0.5"),
+        (lambda: ref.hard_contrastive(Z, 0, 2), "tau must be positive, got 0"),
+        (lambda: ref.supcon_against(Z, Y, Z, Y, -1.0), "positive, got -1.0"),
+        (lambda: ref.supcon_against(Z, Y, Z, Y[:3]), r"\(3,\)"),
+        (lambda: ref.supcon_out(Z, Y, denominator="some"), "'some'"),
+        (lambda: ref.supcon_out(Z, Y, reduction="sum"), "'sum'"),
+        (lambda: ref.triplet(Z, Y, reduction="sum"), "'sum'"),
+        (lambda: ref.triplet(Z, Y, mining="easy"), "'easy'"),
+        (lambda: ref.supcon_out(Z, Y, positives_cap=-2), "positives_cap -2"),
+        (lambda: ref.supcon_out(Z, Y, positives_cap=3), "positives_cap 3"),
+        (lambda: ref.supcon_out(Z, Y, positives_cap=3, views=3), "4 rows in 3 views"),
+        (lambda: ref.supcon_out(Z, np.eye(4), denominator="negatives"), "class probabilities with negatives"),
+        (lambda: ref.supcon_out(Z, np.eye(4), positives_cap=2), "class probabilities .* cap 2"),
+        (lambda: ref.nt_xent(Z, views=3), "4 rows in 3 views"),
+        (lambda: ref.nt_xent(Z, views=0), "0 views"),
+        (lambda: ref.alignment(Z, views=1), "1 views"),
+        (lambda: ref.hard_contrastive(Z, 0.5, 0), "k must be at least 1, got 0"),
+        (lambda: ref.simple_contrastive(Z, 0.5, k=0), "k must be at least 1, got 0"),
+        (lambda: ref.simple_contrastive(Z, 0.5, views=3), "4 rows in 3 views"),
+        (lambda: ref.n_pair(Z, Z[:2]), r"\(2, 4\)"),
+        (lambda: ref.uniformity(Z[:1]), r"\(1, 4\)"),
+    ],
+)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

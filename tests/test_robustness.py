@@ -1,4 +1,5 @@
 """robustness.py: mean corruption errors, published sets, interrupted tests, what cannot be tested."""
+
 import json
 
 import numpy as np
@@ -31,18 +32,41 @@ def test_corruption_errors_are_the_oracles(seed, clean):
 
 def test_alexnets_errors_are_the_published_ones():
     """github.com/google-research/augmix, imagenet.py; its clean error is that of torchvision's weights."""
-    published = [0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572, 0.819324,
-                 0.564592, 0.853204, 0.646056, 0.717840, 0.606500]
-    assert [robustness.ALEXNET[name] for name in common.corruptions.NAMES] == published and robustness.ALEXNET_CLEAN == 0.43478
+    published = [
+        0.886428,
+        0.894468,
+        0.922640,
+        0.819880,
+        0.826268,
+        0.785948,
+        0.798360,
+        0.866816,
+        0.826572,
+        0.819324,
+        0.564592,
+        0.853204,
+        0.646056,
+        0.717840,
+        0.606500,
+    ]
+    assert [
+        robustness.ALEXNET[name] for name in common.corruptions.NAMES
+    ] == published and robustness.ALEXNET_CLEAN == 0.43478
     errors = {name: [e] * 5 for name, e in robustness.ALEXNET.items()}
     assert robustness.mean_corruption_error(errors) == pytest.approx(100)
     assert robustness.relative_mean_corruption_error(errors, robustness.ALEXNET_CLEAN) == pytest.approx(100)
 
 
-@pytest.mark.parametrize("accuracy, printed", [
-    ([65.06, 54.96, 47.64, 35.93, 25.38], 68.6), ([72.89, 65.28, 60.55, 52.00, 43.11], 52.4),
-    ([65.39, 55.55, 48.64, 37.27, 26.92], 67.2), ([73.29, 66.16, 61.80, 54.01, 45.71], 50.6),
-], ids=["CE R50", "CE R200", "SupCon R50", "SupCon R200"])
+@pytest.mark.parametrize(
+    "accuracy, printed",
+    [
+        ([65.06, 54.96, 47.64, 35.93, 25.38], 68.6),
+        ([72.89, 65.28, 60.55, 52.00, 43.11], 52.4),
+        ([65.39, 55.55, 48.64, 37.27, 26.92], 67.2),
+        ([73.29, 66.16, 61.80, 54.01, 45.71], 50.6),
+    ],
+    ids=["CE R50", "CE R200", "SupCon R50", "SupCon R200"],
+)
 def test_table_6s_accuracies_give_the_printed_mce(accuracy, printed):
     """Its rows are means over the corruptions, so they give the ratio of means where mCE is the mean of ratios."""
     mean_error = np.mean([1 - a / 100 for a in accuracy])
@@ -59,10 +83,19 @@ def test_mce_is_named_so_for_all_of_imagenet_c_alone():
 
 
 def test_a_summary_keeps_severities_and_corruptions_apart():
-    errors, ece = {"fog": [0.1, 0.2, 0.3, 0.4, 0.5], "snow": [0.3, 0.4, 0.5, 0.6, 0.9]}, {"fog": [0, 1, 2, 3, 4], "snow": [2, 3, 4, 5, 8]}
+    errors, ece = (
+        {"fog": [0.1, 0.2, 0.3, 0.4, 0.5], "snow": [0.3, 0.4, 0.5, 0.6, 0.9]},
+        {"fog": [0, 1, 2, 3, 4], "snow": [2, 3, 4, 5, 8]},
+    )
     found = robustness.summary("made", (0.05, 0.01), errors, ece)
     assert (found["clean_error"], found["clean_ece"], found["corruptions"]) == (0.05, 0.01, 2)
-    assert found["accuracy_by_severity"] == pytest.approx([80, 70, 60, 50, 30]) and found["ece_by_severity"] == [1, 2, 3, 4, 6]
+    assert found["accuracy_by_severity"] == pytest.approx([80, 70, 60, 50, 30]) and found["ece_by_severity"] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+    ]
     assert found["mean_error"] == pytest.approx(42)
 
 
@@ -77,7 +110,10 @@ def test_a_baseline_is_tested_on_the_same_images(probed, other):
     arguments = lambda *paths: [*map(str, paths), "--limit", "40"]
     alone = robustness.main(arguments(other), standalone_mode=False)
     result = robustness.main(arguments(probed, "--baseline", other), standalone_mode=False)
-    assert result["baseline"] == {k: alone[k] for k in result["baseline"]} and result["baseline"]["clean_ece"] != result["clean_ece"]
+    assert (
+        result["baseline"] == {k: alone[k] for k in result["baseline"]}
+        and result["baseline"]["clean_ece"] != result["clean_ece"]
+    )
     ratios = [sum(result["errors"][name]) / sum(alone["errors"][name]) for name in alone["errors"]]
     assert result["ratio_to_baseline"] == pytest.approx(np.mean(ratios)) and result["ratio_to_baseline"] != 1
 
@@ -106,7 +142,10 @@ def test_only_the_same_test_is_taken_up(tmp_path):
     part, about = tmp_path / "robustness.part", {"clean": [[0.1, 0.01]], "data": "a"}
     part.write_text(json.dumps(about | {"errors": [{"fog": [0.5] * 5}], "ece": [{"fog": [0.1] * 5}]}))
     assert robustness.taken_up(part, about) == ([{"fog": [0.5] * 5}], [{"fog": [0.1] * 5}])
-    assert robustness.taken_up(part, about | {"data": "b"}) is None and robustness.taken_up(part, about | {"clean": [[0.2, 0.01]]}) is None
+    assert (
+        robustness.taken_up(part, about | {"data": "b"}) is None
+        and robustness.taken_up(part, about | {"clean": [[0.2, 0.01]]}) is None
+    )
     for damaged in ("", "[]", "{"):
         part.write_text(damaged)
         assert robustness.taken_up(part, about) is None
@@ -141,8 +180,14 @@ def test_cifar_10_c_files_are_read_severity_by_severity(probed, tmp_path, capsys
     with torch.no_grad():
         predicted = classifier(torch.from_numpy(severities.astype(np.uint8)).permute(0, 3, 1, 2)).argmax(1)
     expected = (predicted != test.labels[:60].repeat(5)).double().view(5, 60).mean(1).tolist()
-    assert all(errors == pytest.approx(expected) for errors in result["errors"].values()) and result["corruptions"] == 15
-    assert "mean corruption error" in capsys.readouterr().out and "mce" not in result and (probed.parent / "robustness-first400-c.json").exists()
+    assert (
+        all(errors == pytest.approx(expected) for errors in result["errors"].values()) and result["corruptions"] == 15
+    )
+    assert (
+        "mean corruption error" in capsys.readouterr().out
+        and "mce" not in result
+        and (probed.parent / "robustness-first400-c.json").exists()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +209,13 @@ def imagenet_c(root, names=common.corruptions.NAMES, classes=("a", "b"), severit
 def test_imagenet_c_folders_give_mce_only_if_all_are_there(folder_classifier, tmp_path, monkeypatch, capsys):
     read = common.views.worker_batches  # by processes below, and here for speed
     monkeypatch.setattr(robustness, "worker_batches", lambda folder, batches, workers: read(folder, batches, 0))
-    result = robustness.main([str(folder_classifier), "--corrupted", str(imagenet_c(tmp_path / "all"))], standalone_mode=False)
-    assert result["mce"] == pytest.approx(robustness.mean_corruption_error(result["errors"])) and "mCE" in capsys.readouterr().out
+    result = robustness.main(
+        [str(folder_classifier), "--corrupted", str(imagenet_c(tmp_path / "all"))], standalone_mode=False
+    )
+    assert (
+        result["mce"] == pytest.approx(robustness.mean_corruption_error(result["errors"]))
+        and "mCE" in capsys.readouterr().out
+    )
     monkeypatch.undo()
     some = imagenet_c(tmp_path / "some", common.corruptions.NAMES[:2])
     result = robustness.main([str(folder_classifier), "--corrupted", str(some)], standalone_mode=False)
@@ -174,11 +224,19 @@ def test_imagenet_c_folders_give_mce_only_if_all_are_there(folder_classifier, tm
 
 
 def missing_severity(here, probed, folder):
-    return folder, ["--corrupted", imagenet_c(here / "c", common.corruptions.NAMES[:2], severities=(1, 2, 4, 5))], "has no severity 3"
+    return (
+        folder,
+        ["--corrupted", imagenet_c(here / "c", common.corruptions.NAMES[:2], severities=(1, 2, 4, 5))],
+        "has no severity 3",
+    )
 
 
 def other_classes(here, probed, folder):
-    return folder, ["--corrupted", imagenet_c(here / "c", common.corruptions.NAMES[:2], classes=("a", "b", "c"))], "holds 3 classes that are not, by name, the 2"
+    return (
+        folder,
+        ["--corrupted", imagenet_c(here / "c", common.corruptions.NAMES[:2], classes=("a", "b", "c"))],
+        "holds 3 classes that are not, by name, the 2",
+    )
 
 
 def an_empty_severity(here, probed, folder):
@@ -197,11 +255,19 @@ def cifar10_c_with(here, **files):
 
 
 def labels_out_of_range(here, probed, folder):
-    return probed, ["--corrupted", cifar10_c_with(here, labels=np.arange(300) % 11)], "out of range for the classifier's 10 classes"
+    return (
+        probed,
+        ["--corrupted", cifar10_c_with(here, labels=np.arange(300) % 11)],
+        "out of range for the classifier's 10 classes",
+    )
 
 
 def fewer_classes(here, probed, folder):
-    return probed, ["--corrupted", cifar10_c_with(here, labels=np.arange(300) % 7)], "has 7 classes, and the classifier 10"
+    return (
+        probed,
+        ["--corrupted", cifar10_c_with(here, labels=np.arange(300) % 7)],
+        "has 7 classes, and the classifier 10",
+    )
 
 
 def too_few_labels(here, probed, folder):
@@ -210,11 +276,19 @@ def too_few_labels(here, probed, folder):
 
 
 def more_labels_than_test_images(here, probed, folder):
-    return probed, ["--corrupted", cifar10_c_with(here, labels=np.arange(50_000) % 10)], "are not the labels of the test set"
+    return (
+        probed,
+        ["--corrupted", cifar10_c_with(here, labels=np.arange(50_000) % 10)],
+        "are not the labels of the test set",
+    )
 
 
 def labels_of_another_test_set(here, probed, folder):
-    return probed, ["--corrupted", cifar10_c_with(here, labels=np.arange(300) % 10)], "are not the labels of the test set"
+    return (
+        probed,
+        ["--corrupted", cifar10_c_with(here, labels=np.arange(300) % 10)],
+        "are not the labels of the test set",
+    )
 
 
 def labels_that_are_words(here, probed, folder):
@@ -264,11 +338,34 @@ def another_test_set(here, probed, folder):
     return folder, ["--data", here], "has other classes than"
 
 
-@pytest.mark.parametrize("situation", [
-    missing_severity, other_classes, an_empty_severity, labels_out_of_range, fewer_classes, too_few_labels,
-    more_labels_than_test_images, labels_of_another_test_set, labels_that_are_words, no_labels, images_that_are_floats, half_a_classifier, a_cut_file, nothing_there, a_checkpoint_of_pretrain, no_classifier, a_baseline_of_another_data_set, a_name_too_long, another_test_set,
-], ids=lambda situation: situation.__name__)
-def test_what_cannot_be_tested_gives_one_line_and_status_2(situation, probed, folder_classifier, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "situation",
+    [
+        missing_severity,
+        other_classes,
+        an_empty_severity,
+        labels_out_of_range,
+        fewer_classes,
+        too_few_labels,
+        more_labels_than_test_images,
+        labels_of_another_test_set,
+        labels_that_are_words,
+        no_labels,
+        images_that_are_floats,
+        half_a_classifier,
+        a_cut_file,
+        nothing_there,
+        a_checkpoint_of_pretrain,
+        no_classifier,
+        a_baseline_of_another_data_set,
+        a_name_too_long,
+        another_test_set,
+    ],
+    ids=lambda situation: situation.__name__,
+)
+def test_what_cannot_be_tested_gives_one_line_and_status_2(
+    situation, probed, folder_classifier, tmp_path, monkeypatch, capsys
+):
     path, options, words = situation(tmp_path, probed, folder_classifier)
     before = files_in(tmp_path)
     assert words in refusal(robustness, [path, *options], monkeypatch, capsys)

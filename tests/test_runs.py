@@ -1,4 +1,5 @@
 """Whole runs of the two scripts: ranks and parts as one process, every loss, a probe that leaves the encoder alone."""
+
 import contextlib
 import json
 import os
@@ -26,7 +27,7 @@ LOSSES = {
 
 
 def frozen_statistics(encoder, width):
-    """Batch norm does as in evaluation: its statistics of a batch depend on ranks and parts, which is another subject."""
+    """Batch norm does as in evaluation: its statistics depend on ranks and parts, which is another subject."""
     for module in encoder.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
@@ -103,7 +104,9 @@ def test_a_probe_leaves_the_checkpoint_and_the_encoder_as_they_were(trained):
     bits = common.frozen.fingerprint(frozen.encoder)
     result = probe(trained / "ckpt.pt", "--limit", "300", "--epochs", "3", "--baselines")
     assert (trained / "ckpt.pt").read_bytes() == before
-    assert common.frozen.fingerprint(common.frozen.load_encoder(trained / "ckpt.pt", torch.device("cpu")).encoder) == bits
+    assert (
+        common.frozen.fingerprint(common.frozen.load_encoder(trained / "ckpt.pt", torch.device("cpu")).encoder) == bits
+    )
     assert json.loads((trained / "probe-first300.json").read_text())["top1"] == result["top1"]
     assert {"raw_pixels_top1", "untrained_encoder_top1"} <= result.keys()
     frozen.encoder.train()(torch.rand(2, 3, 16, 16))
@@ -113,14 +116,43 @@ def test_a_probe_leaves_the_checkpoint_and_the_encoder_as_they_were(trained):
 def test_transfer_resizes_another_data_set_to_the_checkpoints_size(trained, tmp_path):
     folder_of(tmp_path, ["train", "test"], ["dark", "light"])
     result = probe(trained / "ckpt.pt", "--dataset", "folder", "--data", tmp_path)
-    assert result["top1"] == 100 and result["test_images"] == 8 and (trained / f"probe-folder-{tmp_path.name}.json").exists()
+    assert (
+        result["top1"] == 100
+        and result["test_images"] == 8
+        and (trained / f"probe-folder-{tmp_path.name}.json").exists()
+    )
 
 
 @pytest.mark.parametrize("augment", ["sim", "auto"])
 def test_a_streamed_folder_trains_on_the_same_views_with_and_without_workers(augment, tmp_path):
     folder_of(tmp_path, ["train"], ["dark", "light"], size=(90, 70))
-    options = ["--dataset", "folder", "--data", str(tmp_path), "--size", "70", "--arch", "small", "--stream", "--augment", augment]
-    options += ["--batch", "4", "--epochs", "1", "--log-every", "1", "--precision", "float64", "--lr", "1e-9", "--warmup", "0"]
+    options = [
+        "--dataset",
+        "folder",
+        "--data",
+        str(tmp_path),
+        "--size",
+        "70",
+        "--arch",
+        "small",
+        "--stream",
+        "--augment",
+        augment,
+    ]
+    options += [
+        "--batch",
+        "4",
+        "--epochs",
+        "1",
+        "--log-every",
+        "1",
+        "--precision",
+        "float64",
+        "--lr",
+        "1e-9",
+        "--warmup",
+        "0",
+    ]
     logs = []
     for name, other in (("whole", []), ("workers", ["--workers", "0"])):
         train(*options, *other, "--run-dir", tmp_path / name)
@@ -135,7 +167,9 @@ def test_a_handful_of_images_is_diagnosed_too(limit, tmp_path):
 
 
 def test_a_loss_that_sits_at_collapse_is_warned_of(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pretrain, "collapse_and_floor", lambda config, labels: (pretrain.losses.math.log(99) * config.loss_scale, 0.0))
+    monkeypatch.setattr(
+        pretrain, "collapse_and_floor", lambda config, labels: (pretrain.losses.math.log(99) * config.loss_scale, 0.0)
+    )
     monkeypatch.setattr(pretrain.F, "normalize", lambda z, **k: z * 0 + 1 / z.shape[1] ** 0.5)
     train(*SMALL, "--epochs", "1", "--run-dir", tmp_path / "run")
     assert "collapse value" in capsys.readouterr().err

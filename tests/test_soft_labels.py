@@ -1,4 +1,5 @@
 """Class probabilities at sizes where nobody holds a matrix of all overlaps: what rounding makes of an overlap of 0."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def test_a_row_whose_overlap_with_all_others_is_zero_is_a_lone_anchor_whatever_r
     z.requires_grad_()
     values = loss(z, y, 0.1, reduction="none")
     assert (values[:LONE] == 0).all() and (values[LONE:] > 0).all()
-    grad, = torch.autograd.grad(values[:LONE].sum(), z, retain_graph=True)
+    (grad,) = torch.autograd.grad(values[:LONE].sum(), z, retain_graph=True)
     assert (grad == 0).all()
     torch.testing.assert_close(loss(z, y, 0.1), values[LONE:].mean())  # and the mean leaves it out
 

@@ -2,6 +2,7 @@
 
 Tests that set the strips' height do so below any batch here, so that every batch takes several strips.
 """
+
 import contextlib
 import importlib.util
 import math
@@ -60,10 +61,19 @@ def overlaps(y):
     return bool(((rest == 0) | (rest > 0.01 * w.diagonal())).all())
 
 
-IN_STRIPS = {name: CASES[name] for name in [
-    "supcon_out", "supcon_out-lone-anchors", "supcon_out-probabilities",
-    "supcon_in", "supcon_in-lone-anchors", "supcon_in-probabilities", "nt_xent", "n_pair",
-]}
+IN_STRIPS = {
+    name: CASES[name]
+    for name in [
+        "supcon_out",
+        "supcon_out-lone-anchors",
+        "supcon_out-probabilities",
+        "supcon_in",
+        "supcon_in-lone-anchors",
+        "supcon_in-probabilities",
+        "nt_xent",
+        "n_pair",
+    ]
+}
 every_strip = pytest.mark.parametrize("case", IN_STRIPS.values(), ids=IN_STRIPS)
 
 
@@ -115,7 +125,9 @@ def test_anchors_against_another_set_are_the_oracles_with_gradients_on_the_sides
     wanted = data.draw(st.sampled_from([(True, True), (True, False), (False, True)]))
     rows = [torch.tensor(x.copy(), requires_grad=side) for x, side in zip((z, b.z), wanted)]
     with strips_of(data.draw(st.none() | heights), data.draw(keeps)):
-        loss = losses.supcon_against(rows[0], torch.tensor(y), rows[1], torch.tensor(b.y), b.tau, own=place, variant=variant)
+        loss = losses.supcon_against(
+            rows[0], torch.tensor(y), rows[1], torch.tensor(b.y), b.tau, own=place, variant=variant
+        )
         loss.backward()
     assert abs(loss.item() - exact) <= value_bound(exact, case, b, EPS[torch.float64])
     for x, side, exact in zip(rows, wanted, exact_grads):
@@ -130,7 +142,9 @@ def test_an_anchor_whose_label_the_contrast_set_lacks_is_left_out(variant, heigh
     with strips_of(height):
         values = losses.supcon_against(z, y, contrast, y_contrast, variant=variant, reduction="none").numpy()
         mean = losses.supcon_against(z, y, contrast, y_contrast, variant=variant).item()
-    exact = oracle.supcon_against(z.numpy(), y.numpy(), contrast.numpy(), y_contrast.numpy(), variant=variant, reduction="none")
+    exact = oracle.supcon_against(
+        z.numpy(), y.numpy(), contrast.numpy(), y_contrast.numpy(), variant=variant, reduction="none"
+    )
     assert (values[::2] == 0).all() and values[1::2].all()
     np.testing.assert_allclose(values, exact, rtol=1e-12)
     assert mean == pytest.approx(exact[1::2].mean(), rel=1e-12)
@@ -205,7 +219,11 @@ def load(name, text, folder):
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory):
     """losses.py without what follows its banner, and with the line that the banner gives in place of its like."""
-    above, below = Path(losses.__file__).read_text().split("# ================================================================ The same values, faster\n")
+    above, below = (
+        Path(losses.__file__)
+        .read_text()
+        .split("# ================================================================ The same values, faster\n")
+    )
     line = re.search(r"write (MATRIX = \S+) above", below)[1]
     above, count = re.subn(r"^MATRIX = \S+", line, above, flags=re.MULTILINE)
     assert count == 1 and "def _from_strips" in below
@@ -238,7 +256,7 @@ def test_above_the_banner_large_batches_are_right(cut, variant):
     torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in values), rtol=1e-9, atol=1e-12)
 
 
-# ---------------------------------------------------------------- surroundings: precision, compilation, second derivatives
+# ---------------------------------------------------------------- precision, compilation, second derivatives
 
 
 class Products(TorchDispatchMode):
@@ -273,12 +291,19 @@ without_driver = pytest.mark.skipif(torch.__version__ < "2.10", reason="tensors 
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=without_driver)])
-@pytest.mark.parametrize("loss", [
-    lambda z, y: losses.supcon_out(z, y), lambda z, y: losses.supcon_in(z, y), lambda z, y: losses.triplet(z, y),
-    lambda z, y: losses.supcon_out(z, y, denominator="negatives"), lambda z, y: losses.hard_contrastive(z, 0.1, 2),
-], ids=["supcon_out", "supcon_in", "triplet", "negatives", "hard_contrastive"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: losses.supcon_out(z, y),
+        lambda z, y: losses.supcon_in(z, y),
+        lambda z, y: losses.triplet(z, y),
+        lambda z, y: losses.supcon_out(z, y, denominator="negatives"),
+        lambda z, y: losses.hard_contrastive(z, 0.1, 2),
+    ],
+    ids=["supcon_out", "supcon_in", "triplet", "negatives", "hard_contrastive"],
+)
 def test_products_are_exact_whatever_the_surroundings_and_the_surroundings_stay(loss, device):
-    """On "cuda" the tensors have shapes and no numbers, which needs no GPU, only the forward runs, and without autocast."""
+    """On "cuda" the tensors have shapes and no numbers. That needs no GPU; only the forward runs, without autocast."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     with lowered_precision("medium"):
         lowered = [b.fp32_precision for b in backends]
@@ -441,7 +466,9 @@ def test_a_memory_may_move_on_before_the_backward(form):
     for moves in (False, True):
         anchors, memory, labels = z.clone().requires_grad_(), z.clone(), y.clone()
         with strips_of(*form):
-            loss = losses.supcon_against(anchors, y, memory, labels) + losses.supcon_sharded(anchors, y, queue=(memory, labels))
+            loss = losses.supcon_against(anchors, y, memory, labels) + losses.supcon_sharded(
+                anchors, y, queue=(memory, labels)
+            )
             if moves:
                 memory[:4] = 0
                 labels[:4] = 5
@@ -479,10 +506,14 @@ def test_class_probabilities_get_no_gradient(form):
             torch._dynamo.reset()
             torch.compile(loss, fullgraph=True, backend="aot_eager")(z, y).backward()
     mask = torch.eye(8, requires_grad=True)
-    assert not torch.autograd.grad(losses.SupConLoss()(z.unflatten(0, (8, 1)).expand(8, 2, 4), mask=mask), mask, allow_unused=True)[0]
+    assert not torch.autograd.grad(
+        losses.SupConLoss()(z.unflatten(0, (8, 1)).expand(8, 2, 4), mask=mask), mask, allow_unused=True
+    )[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.half, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.half, torch.float32], ids=str
+)
 def test_labels_of_any_type_in_both_forms(dtype):
     z, y = rows_of(12, 1, 4), torch.arange(12) % 2
     for height in (None, 3):
@@ -513,7 +544,7 @@ def lowered():
 
 
 def test_the_precision_lasts_while_a_thread_needs_it_and_then_is_the_users_again(lowered):
-    """The first thread in is the first one out, which must neither lower the second's products nor be outlived by it."""
+    """The first thread in is the first one out. It must neither lower the second's products nor be outlived by it."""
     places = {name: threading.Event() for name in ("first in", "second in", "first out")}
     seen, a = {}, torch.ones(2, 2)
 
@@ -631,11 +662,23 @@ def test_the_global_mean_of_half_values_does_not_overflow_and_small_label_types_
 BAD = {
     "another width": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 4), torch.zeros(5)), {}, r"\(5, 4\)"),
     "labels too few": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(4)), {}, r"\(4,\)"),
-    "labels and probabilities": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5, 2)), {}, r"\(5, 2\)"),
-    "labels of another kind": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5).long()), {}, r"int64 \(5,\)"),
+    "labels and probabilities": (
+        (torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5, 2)),
+        {},
+        r"\(5, 2\)",
+    ),
+    "labels of another kind": (
+        (torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5).long()),
+        {},
+        r"int64 \(5,\)",
+    ),
     "labels in a column": ((torch.ones(3, 2), torch.zeros(3, 1), torch.ones(5, 2), torch.zeros(5, 1)), {}, r"\(3, 1\)"),
     "labels in a list": ((torch.ones(3, 2), [0, 0, 0], torch.ones(5, 2), torch.zeros(5)), {}, "list"),
-    "tau with an axis": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5), torch.ones(3)), {}, r"\(3,\)"),
+    "tau with an axis": (
+        (torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5), torch.ones(3)),
+        {},
+        r"\(3,\)",
+    ),
     "own no number": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"own": 1.0}, r"1\.0"),
     "own too far": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"own": 3}, r"\b3\b"),
     "variant": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"variant": "up"}, "up"),

@@ -3,6 +3,7 @@
 "A" is Khosla et al. 2020 (arXiv 2004.11362v5), "B" Wang & Liu 2021 (arXiv 2012.09740). Where a paper writes "about"
 or "proportional to" the test has the exact form or a bound that holds for every tau. Everything is float64.
 """
+
 import math
 
 import numpy as np
@@ -460,7 +461,9 @@ def nt_xent_score_gradients(s_pos, negatives, tau):
     return G[half], torch.cat([G[:half], G[half + 1 :]])
 
 
-even_negatives = st.lists(st.tuples(scores, scores), min_size=1, max_size=4).map(lambda pairs: sum(map(list, pairs), []))
+even_negatives = st.lists(st.tuples(scores, scores), min_size=1, max_size=4).map(
+    lambda pairs: sum(map(list, pairs), [])
+)
 
 
 @given(scores, even_negatives, temperatures)

@@ -1,4 +1,5 @@
 """Views of a batch, against torchvision image by image."""
+
 import pytest
 import torch
 import torchvision
@@ -34,12 +35,15 @@ def test_shrinking_and_stretching_are_torchvisions_antialiased_resize(seed, heig
     assert torch.allclose(got, TF.resize(x[:, :, :height, :width], [40, 40], antialias=True), atol=1e-5)
 
 
-@pytest.mark.parametrize("ours, theirs, factors", [
-    (common.views.brightness, TF.adjust_brightness, (0.6, 1.4)),
-    (common.views.contrast, TF.adjust_contrast, (0.6, 1.4)),
-    (common.views.saturation, TF.adjust_saturation, (0.6, 1.4)),
-    (common.views.hue, TF.adjust_hue, (-0.5, 0.5)),
-])
+@pytest.mark.parametrize(
+    "ours, theirs, factors",
+    [
+        (common.views.brightness, TF.adjust_brightness, (0.6, 1.4)),
+        (common.views.contrast, TF.adjust_contrast, (0.6, 1.4)),
+        (common.views.saturation, TF.adjust_saturation, (0.6, 1.4)),
+        (common.views.hue, TF.adjust_hue, (-0.5, 0.5)),
+    ],
+)
 @given(seed=SEEDS)
 def test_each_jitter_is_torchvisions_image_by_image(ours, theirs, factors, seed):
     x = pictures(seed)
@@ -127,10 +131,21 @@ def numbers_of(view, size):
     """What is drawn for each image, (numbers, images); places as a share of the room that the crop leaves."""
     top, left, height, width = view.box.double().T
     brightness, contrast, saturation, hue = view.jitter.double().T
-    return torch.stack([
-        top / (size - height).clamp(min=1), left / (size - width).clamp(min=1), height * width, (height / width).log(),
-        view.flip.double(), brightness, contrast, saturation, hue, view.gray.double(), (view.sigma > 0).double(),
-    ])
+    return torch.stack(
+        [
+            top / (size - height).clamp(min=1),
+            left / (size - width).clamp(min=1),
+            height * width,
+            (height / width).log(),
+            view.flip.double(),
+            brightness,
+            contrast,
+            saturation,
+            hue,
+            view.gray.double(),
+            (view.sigma > 0).double(),
+        ]
+    )
 
 
 def test_what_is_drawn_of_an_image_is_independent_of_all_else_that_is_drawn_of_it():
@@ -142,7 +157,9 @@ def test_what_is_drawn_of_an_image_is_independent_of_all_else_that_is_drawn_of_i
 
 
 def test_what_is_drawn_of_an_image_is_independent_of_its_neighbours_in_the_batch_and_of_its_other_view():
-    first, second = (numbers_of(common.views.draw_view(20_000, 224, "sim", common.data.generator(0, v)), 224) for v in range(2))
+    first, second = (
+        numbers_of(common.views.draw_view(20_000, 224, "sim", common.data.generator(0, v)), 224) for v in range(2)
+    )
     for other in (first.roll(1, 1), second):
         same = torch.stack([torch.stack([a, b]).corrcoef()[0, 1] for a, b in zip(first, other)])
         assert same.abs().max() < 0.03
@@ -160,7 +177,9 @@ def test_every_place_of_a_crop_is_equally_likely_its_last_one_too():
 @pytest.mark.seeds_torch
 @pytest.mark.parametrize("crop_min", [0.08, 0.2])
 def test_crops_are_as_large_and_as_tall_as_torchvisions(crop_min):
-    _, _, height, width = common.views.draw_view(20_000, 224, "crop", common.data.generator(0), crop_min=crop_min).box.double().T
+    _, _, height, width = (
+        common.views.draw_view(20_000, 224, "crop", common.data.generator(0), crop_min=crop_min).box.double().T
+    )
     torch.manual_seed(0)
     blank = torch.empty(3, 224, 224)
     draw = torchvision.transforms.RandomResizedCrop.get_params

@@ -1,7 +1,8 @@
 """Random command lines for the three scripts: python tests/tools/fuzz_command_lines.py --minutes 5
 
-Whatever the options, a script ends well (0) or says in one line what to change (2): never another status or a traceback.
+Whatever the options, a script ends well (0) or says in one line what to change (2), never with a traceback.
 """
+
 import contextlib
 import io
 import sys
@@ -21,9 +22,13 @@ import pretrain  # noqa: E402
 import robustness  # noqa: E402
 from runs import SMALL, folder_of  # noqa: E402
 
-ODD = st.sampled_from(["", "x", "-", "--", "0x10", "ä", "1e400", "nan", "inf", "-inf", "None", "1,5", " 3"]) | st.text("abz019.-_ /", max_size=6)
+ODD = st.sampled_from(["", "x", "-", "--", "0x10", "ä", "1e400", "nan", "inf", "-inf", "None", "1,5", " 3"]) | st.text(
+    "abz019.-_ /", max_size=6
+)
 WHOLE = st.sampled_from(["1", "2", "3", "5", "8", "20"]) | st.sampled_from(["0", "-1", "2.0", "99999999999999999999"])
-REAL = st.sampled_from(["0.001", "0.01", "0.1", "0.5", "1"]) | st.sampled_from(["0", "1e-300", "1e-8", "3", "1e8", "1e300", "-0.1", "nan", "inf"])
+REAL = st.sampled_from(["0.001", "0.01", "0.1", "0.5", "1"]) | st.sampled_from(
+    ["0", "1e-300", "1e-8", "3", "1e8", "1e300", "-0.1", "nan", "inf"]
+)
 SHORT = {  # what a legal value may cost must stay small: seconds, megabytes
     "epochs": st.sampled_from(["1", "2", "2", "1", "0", "x", "1.5"]),
     "size": st.sampled_from(["8", "16", "17", "8", "7", "x"]),
@@ -41,7 +46,15 @@ SHORT = {  # what a legal value may cost must stay small: seconds, megabytes
 
 def values(option, here):
     if option.name in ("data", "run", "resume", "corrupted", "baseline"):
-        return st.sampled_from([str(here / name) for name in ("data", "run", "other", "text", "nowhere", "run/ckpt.pt", "run/classifier.pt")]) | ODD
+        return (
+            st.sampled_from(
+                [
+                    str(here / name)
+                    for name in ("data", "run", "other", "text", "nowhere", "run/ckpt.pt", "run/classifier.pt")
+                ]
+            )
+            | ODD
+        )
     if option.name in SHORT:
         return SHORT[option.name]
     if isinstance(option.type, click.Choice):
@@ -64,7 +77,7 @@ def command_line(command, here):
 
 
 def run(script, words, here):
-    """Runs a script with these words in the folder `here`; raises AssertionError where it neither ends well nor refuses."""
+    """Runs a script with these words in the folder `here`. Raises AssertionError unless it ends well or refuses."""
     sys.argv = [script.__name__ + ".py", *words]
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.chdir(here), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -93,15 +106,32 @@ def fuzz(here, examples):
         script = data.draw(st.sampled_from([pretrain, pretrain, linear_probe, linear_probe, robustness]))
         if script is robustness:
             classifier = data.draw(st.sampled_from(["run/classifier.pt", "run", "run/ckpt.pt", "nowhere"]))
-            ends.append(run(robustness, [classifier, "--limit", "5", *data.draw(command_line(robustness.main, here))], here))
+            ends.append(
+                run(robustness, [classifier, "--limit", "5", *data.draw(command_line(robustness.main, here))], here)
+            )
         elif script is pretrain:
-            words = [*SMALL, "--epochs", "1", "--limit", "60", "--batch", "20", *data.draw(command_line(pretrain.main, here))]
+            words = [
+                *SMALL,
+                "--epochs",
+                "1",
+                "--limit",
+                "60",
+                "--batch",
+                "20",
+                *data.draw(command_line(pretrain.main, here)),
+            ]
             if "--resume" in words:  # which refuses most other options
                 words = words[len(SMALL) + 6 :]
             ends.append(run(pretrain, words, here))
         else:
             checkpoint = data.draw(st.sampled_from(["run/ckpt.pt", "run", "text", "nowhere"]))
-            ends.append(run(linear_probe, [checkpoint, "--limit", "60", "--epochs", "1", *data.draw(command_line(linear_probe.main, here))], here))
+            ends.append(
+                run(
+                    linear_probe,
+                    [checkpoint, "--limit", "60", "--epochs", "1", *data.draw(command_line(linear_probe.main, here))],
+                    here,
+                )
+            )
 
     any_command_line()
     return ends.count(0)

@@ -1,8 +1,9 @@
 """Kills runs with SIGKILL and resumes them until they end: python tests/tools/kill_and_resume.py --kills 20
 
-Every run must end with the bits and the log of one that was never stopped. Half of the kills fall at a random moment, from
-the start of the process on; the others wait until a checkpoint is being written.
+Every run must end with the bits and the log of one that was never stopped. Half of the kills fall at a random moment,
+from the start of the process on; the others wait until a checkpoint is being written.
 """
+
 import random
 import sys
 import tempfile
@@ -14,12 +15,15 @@ import click
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 from children import start  # noqa: E402
-from common.run_folder import load_checkpoint# noqa: E402
+from common.run_folder import load_checkpoint  # noqa: E402
 from runs import SMALL, log_of, same_bits, state_of  # noqa: E402
 
 WAYS = {  # (ranks, options)
     "one process": (None, []),
-    "gradient caching, a queue, workers": (None, ["--micro-batch", "10", "--queue", "150", "--augment", "auto", "--workers", "1"]),
+    "gradient caching, a queue, workers": (
+        None,
+        ["--micro-batch", "10", "--queue", "150", "--augment", "auto", "--workers", "1"],
+    ),
     "two ranks": (2, []),
     "two ranks, gradient caching, a queue": (2, ["--micro-batch", "5", "--queue", "150"]),
 }
@@ -46,7 +50,7 @@ def stop_somewhere(launch, run, chance):
 
 
 def kill_and_resume(way, folder, kills, seed=0, epochs=30):
-    """Raises AssertionError where a broken run does not end as an unbroken one; returns the steps that the kills left."""
+    """Raises AssertionError unless a broken run ends as an unbroken one. Returns the steps that the kills left."""
     (ranks, options), chance, left = WAYS[way], random.Random(seed), []
     first = [*SMALL, "--epochs", epochs, "--save-minutes", "0", *options, "--run-dir"]  # a checkpoint after every step
     whole, run = folder / "whole", folder / "broken"
