@@ -176,11 +176,7 @@ def main(images, classes, width, device, dense_rows, budget, path, peak_of):
     if peak_of:
         return click.echo(peak_in_this_process(*json.loads(peak_of)))
     forms = [name for name in FORMS if installed(name)]
-    name = (
-        torch.cuda.get_device_name()
-        if device.startswith("cuda")
-        else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-    )
+    name = device_name(device)
     click.echo(
         f"{name}, torch {torch.__version__}, python {platform.python_version()}, float32, D = {width}, tau = {TAU}\n"
     )
@@ -222,6 +218,12 @@ def main(images, classes, width, device, dense_rows, budget, path, peak_of):
                 )
     if path:
         Path(path).write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": table}, indent=1) + "\n")
+
+
+def device_name(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
 
 
 def ours(form):

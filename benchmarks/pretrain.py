@@ -11,7 +11,6 @@ All train the same encoder and head with SGD. Views per second are those of one 
 torchvision's on PIL images one by one.
 """
 
-import os
 import platform
 import statistics
 import sys
@@ -27,7 +26,7 @@ from torchvision.transforms.functional import to_pil_image
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import losses
 import pretrain
-from benchmarks.losses import textbook_out
+from benchmarks.losses import device_name, textbook_out
 from common.config import Config
 from common.data import mean_and_std, shapes
 from common.models import bfloat16_is_fast
@@ -93,11 +92,8 @@ def steps_of(config, data, workers):
 
     usual, usual_sgd = trained(None, torch.contiguous_format)
     pairs = TwoViews(data, sim_augment(config.size, mean.cpu(), std.cpu()))
-    batches = endless(
-        torch.utils.data.DataLoader(
-            pairs, config.batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
-        )
-    )
+    how = {"shuffle": True, "drop_last": True, "num_workers": workers, "persistent_workers": True}
+    batches = endless(torch.utils.data.DataLoader(pairs, config.batch, **how))
 
     def usual_step():
         first, second, y = next(batches)
@@ -105,9 +101,8 @@ def steps_of(config, data, workers):
         descend(usual_sgd, textbook_out(z, y.to(device).repeat(2)))
 
     alone, alone_sgd = trained(autocast, torch.channels_last)
-    ready = torch.randn(2 * config.batch, 3, config.size, config.size, device=device).contiguous(
-        memory_format=torch.channels_last
-    )
+    ready = torch.randn(2 * config.batch, 3, config.size, config.size, device=device)
+    ready = ready.contiguous(memory_format=torch.channels_last)
 
     def encoder_step():
         z, _ = alone(ready)
@@ -149,19 +144,12 @@ def rounds(runs, count):
 @click.option("--rounds", "count", default=5, help="Rounds, of which the median counts.")
 def main(arch, size, batch, device, workers, count):
     """Print images per second and their ratios."""
-    config = Config(
-        arch=arch, size=size, batch=batch, device=device, stem="3x3" if size <= 64 else "7x7", num_classes=10
-    )
+    stem = "3x3" if size <= 64 else "7x7"
+    config = Config(arch=arch, size=size, batch=batch, device=device, stem=stem, num_classes=10)
     data = shapes(max(1024, batch), size, 0)
-    name = (
-        torch.cuda.get_device_name()
-        if device.startswith("cuda")
-        else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-    )
     click.echo(
-        f"{name}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
-        f"python {platform.python_version()}; "
-        f"{arch}, {size} x {size}, batch {batch} x 2 views\n"
+        f"{device_name(device)}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"python {platform.python_version()}; {arch}, {size} x {size}, batch {batch} x 2 views\n"
     )
     click.echo("| step | images/s | of ours |\n| --- | --- | --- |")
     show(rounds(steps_of(config, data, workers), count), batch, "ours")
