@@ -149,8 +149,12 @@ def test_what_every_part_of_a_run_ran_on_is_kept(tmp_path):
 
 
 def test_signals_are_noted_however_many_come():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    heeded = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in heeded.items()}  # some may be ignored here
     try:
+        with common.run_folder.signals_noted() as asked:
+            assert not asked
+        assert {number: signal.getsignal(number) for number in heeded} == heeded  # where none came, as they were
         with common.run_folder.signals_noted() as asked:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
                 signal.raise_signal(number)
@@ -158,6 +162,3 @@ def test_signals_are_noted_however_many_come():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    with common.run_folder.signals_noted() as asked:
-        assert not asked
-    assert {number: signal.getsignal(number) for number in before} == before  # where none came, they are as they were
