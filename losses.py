@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: MIT. Copyright (c) 2026 the authors of this file. Version 0.3.0.
+# SPDX-License-Identifier: MIT. Copyright (c) 2026 the authors of this file. Version 0.4.0.
 """Supervised contrastive losses and their relatives, one file that needs nothing but torch (2.9 or newer).
 
     from losses import supcon_out
