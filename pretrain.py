@@ -49,22 +49,26 @@ def train(config, resumed=None):
     resumed: the contents of a checkpoint to go on from. Every rank of a torchrun calls this with the same arguments.
     """
     with Ranks(config.device) as ranks, tf32_allowed(config.precision != "float32"):
-        complete(config, ranks.world)
-        refuse_unusable(Path(config.run), resuming=resumed is not None)
-        data, test = load_on_every_rank(config, ranks)
-        fit_to_data(config, data)
-        run = Run(config, data, ranks, resumed)
-        with ranks.hold_refusals():
-            journal = open_journal(run, data, test, ranks, resumed)
-        ranks.meet()
-        with signals_noted() as asked:
-            train_steps(run, data, test, ranks, journal, asked)
-        with ranks.hold_refusals():
-            if journal:
-                journal.close(run)
-        ranks.meet()
-        say_how_it_ended(run)
-        return journal and journal.entry
+        return train_on(ranks, config, resumed)
+
+
+def train_on(ranks, config, resumed):
+    complete(config, ranks.world)
+    refuse_unusable(Path(config.run), resuming=resumed is not None)
+    data, test = load_on_every_rank(config, ranks)
+    fit_to_data(config, data)
+    run = Run(config, data, ranks, resumed)
+    with ranks.hold_refusals():
+        journal = open_journal(run, data, test, ranks, resumed)
+    ranks.meet()
+    with signals_noted() as asked:
+        train_steps(run, data, test, ranks, journal, asked)
+    with ranks.hold_refusals():
+        if journal:
+            journal.close(run)
+    ranks.meet()
+    say_how_it_ended(run)
+    return journal and journal.entry
 
 
 def train_steps(run, data, test, ranks, journal, asked):

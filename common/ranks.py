@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import gc
 import os
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -57,11 +58,12 @@ class Ranks:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind, error, trace):
         """Leaves the group together with the others; after an error that they do not know of, at once."""
         agreed = error is None or isinstance(error, (Refused, RefusedElsewhere))
         if self.world > 1 and agreed:
-            gc.collect()  # gloo aborts at exit while DistributedDataParallel is there, which holds itself
+            traceback.clear_frames(trace)  # gloo aborts at exit while a DistributedDataParallel is there:
+            gc.collect()  # an error's frames keep it, and it keeps itself
             dist.barrier()
             dist.destroy_process_group()
 

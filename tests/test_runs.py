@@ -12,7 +12,7 @@ import common.frozen
 import common.objectives
 import children
 import pretrain
-from runs import SMALL, folder_of, log_of, probe, state_of, train
+from runs import FOLDER, SMALL, folder_of, log_of, probe, state_of, torchrun, train
 
 pytestmark = pytest.mark.seeds_torch
 EXACT = [*SMALL, "--limit", "64", "--batch", "16", "--epochs", "2", "--precision", "float64", "--lr", "0.01"]
@@ -77,6 +77,19 @@ def test_ranks_and_parts_take_the_steps_of_one_process(loss, way, exact_runs):
     a, b = ([line["loss"] for line in log_of(exact_runs / f"{loss}-{w}") if "loss" in line] for w in ("one", way))
     assert len(a) == 8 and len(set(a)) == 8
     assert a == pytest.approx(b, rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("time", range(6))
+def test_ranks_that_torchrun_starts_end_well_whether_they_finish_or_refuse(time, tmp_path):
+    """gloo aborts a process now and then where a DistributedDataParallel outlives its group."""
+    folder_of(tmp_path, ["train"], ["a", "b"])
+    if time % 2:
+        next((tmp_path / "train").rglob("2.png")).write_bytes(b"")
+    process = torchrun("pretrain.py", *FOLDER, "--data", tmp_path, "--stream", "--run-dir", tmp_path / "run")
+    _, err = process.communicate(timeout=300)
+    assert "SIGABRT" not in err
+    assert (process.returncode == 0) == (time % 2 == 0), err
 
 
 def test_of_the_two_passes_over_a_part_one_moves_the_running_statistics(tmp_path):
