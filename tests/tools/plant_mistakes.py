@@ -169,7 +169,7 @@ MISTAKES = {
          "        ranks.meet()\n        with signals_noted()", "        with signals_noted()", "nothing_lost"),
     ],
     "linear_probe.py": [
-        ("gradients add up over the steps", "            optimizer.zero_grad()\n", "", "log queue"),
+        ("the probe: gradients add up over the steps", "            optimizer.zero_grad()\n", "", "probe"),
         ("every epoch of the probe shows the same views", "key=(fit.seed, 6, epoch)", "key=(fit.seed, 6)", "moves"),
         ("the probe's views do not move with the seed", "key=(fit.seed, 6, epoch)", "key=(0, 6, epoch)", "moves"),
         ("the step schedule of pretraining", ", marks=(0.6, 0.75, 0.9), factor=0.2)", ")", "probe"),
