@@ -186,3 +186,24 @@ def test_images_a_second_are_counted_over_the_epoch_and_logged_every_few_steps(t
     lines, _ = journal(tmp_path / "run", monkeypatch, 9)
     assert [line["step"] for line in lines] == [4, 8]
     assert all(line["images_per_s"] == round(50 / 240, 1) for line in lines)
+
+
+def test_seconds_and_images_a_second_are_those_of_training_alone(tmp_path, monkeypatch):
+    """An epoch of four steps of four minutes, a diagnosis of an hour, and an epoch of steps of two minutes."""
+    now = [0.0]
+    monkeypatch.setattr(common.journal.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
+    config = SimpleNamespace(batch=50, epochs=2, save_minutes=1e9, log_every=4, run=tmp_path / "run")
+    contents = lambda losses, seconds: {"encoder": {}}
+    run = SimpleNamespace(config=config, step=0, steps_per_epoch=4, total_steps=8, checkpoint=contents)
+    journal = common.journal.Journal(run, 1, None, None)
+    for run.step in range(1, 9):
+        now[0] += 240 if run.step <= 4 else 120
+        journal.note_step(run, torch.tensor(1.0), 0.1)
+        if run.step % 4 == 0:
+            now[0] += 3600
+            journal.note_epoch(run, {})
+    journal.close(run)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["images_per_s"] for line in lines if "loss" in line] == [round(50 / 240, 1), round(50 / 120, 1)]
+    assert [line["seconds"] for line in lines if "mean_loss" in line] == [960, 1440]
