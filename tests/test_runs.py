@@ -78,7 +78,8 @@ def test_ranks_and_parts_take_the_steps_of_one_process(loss, way, exact_runs):
     assert len(a) == 8 and len(set(a)) == 8
     assert a == pytest.approx(b, rel=1e-10, abs=1e-10)
     for name in ("alignment", "uniformity"):  # of the last batch of an epoch
-        a, b = ([line.get(name) for line in log_of(exact_runs / f"{loss}-{w}") if "mean_loss" in line] for w in ("one", way))
+        runs = [exact_runs / f"{loss}-{w}" for w in ("one", way)]
+        a, b = ([line.get(name) for line in log_of(run) if "mean_loss" in line] for run in runs)
         assert a == b == [None] * 2 or a == pytest.approx(b, rel=1e-7)
 
 
