@@ -7,11 +7,9 @@
 
 Features of un-augmented images are extracted once. A grid of learning rates and weight decays is fitted to nine tenths
 of the training images, all cells together as one linear layer. The cell that is best on the other tenth is fitted
-again,     to
-all of them, and meets the test images once, at its last epoch. Beside the checkpoint this leaves probe.json and
-classifier.pt; another data set, a subset,
-    a limit or a recipe is part of their names. load_classifier makes one module of
-a classifier.pt.
+again, to all of them, and meets the test images once, at its last epoch. Beside the checkpoint this leaves probe.json
+and classifier.pt; another data set, a subset, a limit or a recipe is part of their names. load_classifier, in
+common/frozen.py, makes one module of a classifier.pt.
 """
 
 import os
@@ -234,15 +232,11 @@ def extract_both(job, workers):
 
 
 def fit_classifier(job, features, cells, fit, augment, workers):
-    """The Probe of the training features; the encoder must not move meanwhile."""
-    before = fingerprint(job.frozen)
+    """The Probe of the training features."""
     augmented = None
     if augment:
         augmented = lambda epoch: extract(job.frozen, job.train, key=(fit.seed, 6, epoch), workers=workers)
-    found = probe(features.r_train, features.y_train, len(job.train.classes), cells, fit, augmented)
-    if fingerprint(job.frozen) != before:
-        raise RuntimeError("the encoder changed while it was probed")
-    return found
+    return probe(features.r_train, features.y_train, len(job.train.classes), cells, fit, augmented)
 
 
 def measure(job, found, features, seed):
@@ -355,8 +349,11 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, wo
     device = choose_device(device)
     job = prepare(checkpoint, dataset, data, download, limit, subset, recipe, l2_normalize, fit.seed, device)
     folder = job.checkpoint.parent
+    before = fingerprint(job.frozen)
     features, start = extract_both(job, workers), time.perf_counter()
     found = fit_classifier(job, features, cells, fit, augment, workers)
+    if fingerprint(job.frozen) != before:
+        raise RuntimeError("the encoder changed while it was probed")
     seconds = {"extract_seconds": round(features.seconds, 2), "fit_seconds": round(time.perf_counter() - start, 2)}
     classifier = Classifier(job.frozen, found.classifier, job.train.classes, found.temperature, job.dataset)
     write_classifier(folder / f"classifier{job.kind}.pt", classifier)

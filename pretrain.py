@@ -53,14 +53,19 @@ def train(config, resumed=None):
 
 
 def train_on(ranks, config, resumed):
-    complete(config, ranks.world)
-    refuse_unusable(Path(config.run), resuming=resumed is not None)
+    with ranks.hold_refusals():
+        complete(config, ranks.world)
+        refuse_unusable(Path(config.run), resuming=resumed is not None)
+    ranks.meet()
     data, test = load_on_every_rank(config, ranks)
-    fit_to_data(config, data)
-    run = Run(config, data, ranks, resumed)
+    with ranks.hold_refusals():
+        fit_to_data(config, data)
+        run = Run(config, data, ranks, resumed)
+    ranks.meet()
     with ranks.hold_refusals():
         journal = open_journal(run, data, test, ranks, resumed)
     ranks.meet()
+    run.join(ranks)
     with signals_noted() as asked:
         train_steps(run, data, test, ranks, journal, asked)
     with ranks.hold_refusals():
@@ -202,7 +207,12 @@ class Run:
             self.restore(resumed)
         if config.compile:
             model.encoder.compile()
-        self.parallel = DistributedDataParallel(model) if ranks.world > 1 else model
+        self.parallel = model  # see `join`
+
+    def join(self, ranks):
+        """From now on the ranks add up their gradients. They all have to call this."""
+        if ranks.world > 1:
+            self.parallel = DistributedDataParallel(self.model)
 
     @property
     def ends_epoch(self):

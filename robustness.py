@@ -6,10 +6,9 @@
     python robustness.py runs/supcon/classifier.pt --baseline runs/ce/classifier.pt --figure
 
 It reports the error for each corruption and severity, and accuracy and calibration error for each severity. All fifteen
-corruptions of ImageNet-C give the mCE and the relative mCE,
-    which AlexNet's errors normalise. CIFAR-10-C's convention is
-the plain mean. Fewer corruptions give the mean error over as many, and never an mCE. The numbers are written beside the
-classifier, into robustness.json, or robustness-FOLDER.json for a published set.
+corruptions of ImageNet-C give the mCE and the relative mCE, which AlexNet's errors normalise. CIFAR-10-C's convention
+is the plain mean. Fewer corruptions give the mean error over as many, and never an mCE. The numbers are written beside
+the classifier, into robustness.json, or robustness-FOLDER.json for a published set.
 """
 
 import functools
@@ -114,8 +113,9 @@ class ImageNetC:
 
     kind = "ImageNet-C"
 
-    def __init__(self, folder, classifier, limit):
-        self.classes, self.size, self.limit = list(classifier.classes), classifier.size, limit
+    def __init__(self, folder, classifier, limit, workers):
+        self.classes, self.size = list(classifier.classes), classifier.size
+        self.limit, self.workers = limit, workers
         found = {name: [p for p in (folder / name, *sorted(folder.glob(f"*/{name}"))) if p.is_dir()] for name in NAMES}
         self.places = {name: places[0] for name, places in found.items() if places}
         self.names, self.folders = list(self.places), {}
@@ -141,15 +141,15 @@ class ImageNetC:
     def batches(self, name, severity):
         folder = self.folders[name, severity]
         order = torch.randperm(len(folder), generator=generator(0))[: self.limit]
-        yield from worker_batches(folder, [rows.tolist() for rows in order.split(500)], workers=2)
+        yield from worker_batches(folder, [rows.tolist() for rows in order.split(500)], self.workers)
 
 
-def published(folder, classifier, limit, test):
+def published(folder, classifier, limit, workers, test):
     """The set in a folder, its files checked."""
     if (folder / "labels.npy").exists():
         corrupted = Cifar10C(folder, classifier, limit)
     else:
-        corrupted = ImageNetC(folder, classifier, limit)
+        corrupted = ImageNetC(folder, classifier, limit, workers)
     if not corrupted.names:
         raise Refused(f"--corrupted {folder} holds neither NAME.npy with labels.npy (CIFAR-10-C) "
                       "nor NAME/SEVERITY/CLASS (ImageNet-C): name the folder of one")
@@ -233,7 +233,7 @@ class Job(NamedTuple):
     about: dict  # what tells this test from another one
 
 
-def prepare(path, corrupted, baseline, data, download, limit, seed, device):
+def prepare(path, corrupted, baseline, data, download, limit, workers, seed, device):
     """The Job that the options describe. Raises Refused for what cannot be tested."""
     paths = [p / "classifier.pt" if p.is_dir() else p for p in (path, baseline) if p]
     classifiers = [load_classifier(p, device) for p in paths]
@@ -252,7 +252,7 @@ def prepare(path, corrupted, baseline, data, download, limit, seed, device):
     test = load_data(ours.dataset, data, False, size=ours.size, download=download, limit=None if all_labels else limit)
     require(list(test.classes) == list(ours.classes),
             f"--data {data} has other classes than {path} was fitted to: name its own test set")
-    source = published(corrupted, ours, limit, test) if corrupted else None
+    source = published(corrupted, ours, limit, workers, test) if corrupted else None
     test = test._replace(images=test.images[:limit], labels=test.labels[:limit])
     about = {
         "classifiers": [fingerprint(c) for c in classifiers],
@@ -339,14 +339,15 @@ def report(result):
 @click.option("--data", show_default="the classifier's", help="Folder of the clean test set.")
 @click.option("--download/--no-download", default=True, help="Fetch what is missing.")
 @click.option("--limit", type=click.IntRange(min=1), show_default="all", help="The first N images of every set.")
+@click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read ImageNet-C.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the noises made here.")
 @click.option("--figure", is_flag=True, help="Draw error and calibration as PNG (needs matplotlib).")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
-def main(path, corrupted, baseline, data, download, limit, seed, figure, device):
+def main(path, corrupted, baseline, data, download, limit, workers, seed, figure, device):
     """Test CLASSIFIER (a classifier.pt of linear_probe.py) on corrupted images."""
     if figure:
         pyplot()  # said now, not after minutes
-    job = prepare(path, corrupted, baseline, data, download, limit, seed, choose_device(device))
+    job = prepare(path, corrupted, baseline, data, download, limit, workers, seed, choose_device(device))
     clean, start = measure_clean(job), time.perf_counter()
     errors, ece = measure_corrupted(job, clean)
     kind = job.source.kind

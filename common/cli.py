@@ -1,6 +1,7 @@
 """How the scripts speak and how they end.
 
-What a user can put right ends in one line and exit status 2. Of several ranks, only the first one prints.
+What a user can put right ends in one line and exit status 2. Of several ranks, the first one alone speaks, and the one
+that has something to refuse.
 """
 
 import errno
@@ -63,8 +64,12 @@ def run_command(command, lower="--micro-batch, --batch, --size or --limit"):
         command(standalone_mode=False)
         return
     except click.NoSuchOption as e:
-        new = RENAMED.get(e.option_name)
-        line = f"{e.option_name} has another name now: {new}" if new else e.format_message()
+        new = RENAMED.get(e.option_name, "")
+        known = {name for parameter in e.ctx.command.params for name in parameter.opts}
+        if new.startswith("python") or new.split(",")[0] in known:
+            line = f"{e.option_name} has another name now: {new}"
+        else:
+            line = e.format_message()
     except click.ClickException as e:
         line = e.format_message()
     except (RuntimeError, MemoryError) as e:

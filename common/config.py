@@ -1,8 +1,7 @@
 """Every option of pretrain.py, declared once: its default, what it may be, and its help.
 
-`read` makes a Config of what the command line gives,
-    a preset and a checkpoint. `complete` fills in the defaults that depend
-on other options and refuses what contradicts itself; `fit_to_data` does the same once the data are there.
+`read` makes a Config of the command line, a preset and a checkpoint. `complete` fills in the defaults that depend on
+other options, and refuses what contradicts itself. `fit_to_data` does the same once the data are there.
 """
 
 import dataclasses
@@ -171,8 +170,8 @@ class GroupedCommand(click.Command):
     def format_options(self, context, formatter):
         starts = {field: group for group, field in GROUPS.items()}
         sections = {}
-        group = "Other"
-        for parameter in self.params:
+        group = None
+        for parameter in self.get_params(context):
             group = starts.get(parameter.name, group)
             record = parameter.get_help_record(context)
             if record:
@@ -286,7 +285,7 @@ def of_checkpoint(contents):
     """The Config of a checkpoint's run. Runs of earlier versions lack the newer options and name some otherwise."""
     old = dict(contents["config"])
     if "proj_dim" in old:  # up to version 0.3: depth, hidden width and last width of the projection head
-        hidden = [str(old["proj_hidden"] or "r")] * (old["proj_depth"] - 1)
+        hidden = [str(old.get("proj_hidden") or "r")] * (old.get("proj_depth", 2) - 1)
         old["projection"] = "-".join([*hidden, str(old["proj_dim"])])
     known = {field.name for field in dataclasses.fields(Config)}
     return Config(**{name: value for name, value in old.items() if name in known})

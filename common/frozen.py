@@ -114,7 +114,7 @@ ENTRIES = {"config": dict, "dataset": str, "encoder": dict, "mean": torch.Tensor
 
 
 def load_classifier(path, device="cpu"):
-    """The Classifier in a classifier.pt of this script. Raises Refused for anything else."""
+    """The Classifier in a classifier.pt of linear_probe.py. Raises Refused for anything else."""
     remedy = "run linear_probe.py, and name the classifier.pt that it leaves"
     contents = load_plain(path, "classifier", "linear_probe.py", FORMAT, ENTRIES, remedy)
     frozen = frozen_from(contents, path, torch.device(device))

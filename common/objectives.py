@@ -1,6 +1,7 @@
-"""The losses by name: one function and one row of a table each. Nothing else in the project names a loss.
+"""The losses by name: one function and one row of a table each.
 
-To add a loss, write a function of (config, z, y, images, queue) and give it a row in OBJECTIVES.
+To add a loss, write a function of (config, z, y, images, queue) and give it a row in OBJECTIVES. An option of its own
+is a field of Config in common/config.py, with a row in MEANT_FOR there.
 """
 
 import math

@@ -27,7 +27,7 @@ def choose_device(name):
 
 
 class RefusedElsewhere(SystemExit):
-    """Another rank refused something and says so; this one ends with the same status."""
+    """Another rank has refused something and says so. This one ends silently, with status 2 as well."""
 
     def __init__(self):
         super().__init__(2)
@@ -36,8 +36,8 @@ class RefusedElsewhere(SystemExit):
 class Ranks:
     """The process group of a run. Without torchrun there is none, and this process is rank 0 of 1.
 
-    A refusal on one rank is raised on all: `hold_refusals` keeps what this rank refuses,
-        and `meet` raises it everywhere.
+    A refusal on one rank is raised on all: `hold_refusals` keeps what this rank refuses, and `meet` raises it
+    everywhere.
     """
 
     def __init__(self, device):

@@ -1,8 +1,10 @@
 """Views of a batch, the order of an epoch, the batches of a run.
 
-Everything random is drawn from a generator that belongs to a key such as (seed, epoch, step,
-    view). So the order and the
-views do not depend on how a batch falls to ranks, nor on whether a run was interrupted.
+Everything random is drawn from a generator that belongs to a key such as (seed, epoch, step, view). So order and views
+do not depend on how a batch falls to ranks, nor on whether a run was interrupted.
+
+To add an augmentation of whole batches, give it a name in AUGMENTATIONS, draw its parameters at the end of draw_view
+and apply them in make_view. To add one of single images, give it a name in POLICIES and a row in WorkerViews.
 """
 
 import functools
@@ -230,8 +232,8 @@ def mixed(x, labels, num_classes, how, alpha, g):
 def shuffled_pairs(labels, g):
     """An order in which rows 2j and 2j + 1 show two images of one class.
 
-    The pairs go round the classes, so that any C pairs in a row show C classes,
-        as Sohn's batches do. Small classes recur.
+    The pairs go round the classes, so that any C pairs in a row show C classes, as in Sohn's batches. Small classes
+    recur.
     """
     members = [m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels)]
     return round_the_classes([m[: len(m) // 2 * 2].view(-1, 2) for m in members], len(labels), g)

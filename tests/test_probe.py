@@ -271,3 +271,15 @@ def test_views_of_a_streamed_folder_differ_from_image_to_image(tmp_path):
     )
     assert len(common.frozen.extract(frozen, data).unique(dim=0)) == 1
     assert len(common.frozen.extract(frozen, data, key=(0, 6, 0)).unique(dim=0)) == 6
+
+
+def test_an_encoder_that_moves_while_it_is_probed_is_an_error(trained, monkeypatch):
+    extract = linear_probe.extract
+
+    def moving(frozen, *arguments, **options):
+        frozen.encoder[-1].running_mean += 1
+        return extract(frozen, *arguments, **options)
+
+    monkeypatch.setattr(linear_probe, "extract", moving)
+    with pytest.raises(RuntimeError, match="the encoder changed while it was probed"):
+        probe(trained, "--limit", "50", "--epochs", "1")

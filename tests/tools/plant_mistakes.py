@@ -2,7 +2,7 @@
 
     python tests/tools/plant_mistakes.py                      all; exits 1 if one is not caught or its text not found
     python tests/tools/plant_mistakes.py --only queue         those whose name or file contains the word
-    python tests/tools/plant_mistakes.py --file recipes.py    those of one file
+    python tests/tools/plant_mistakes.py --file losses.py     those of one file
 
 The copy holds the files that git tracks, as they stand. Only the tests that a mistake names run on it, so that it is
 noticed when they catch it no more; first these run once without any mistake.
@@ -165,8 +165,11 @@ MISTAKES = {
         ("a run that goes on keeps its first weights",
          "            load_state(module, contents.get(name), path)\n", "            pass\n", "log"),
         ("the gradients of the last step stay", "        run.optimizer.zero_grad()\n", "", "runs log"),
-        ("what a rank refuses ends the others by themselves",
-         "        ranks.meet()\n        with signals_noted()", "        with signals_noted()", "nothing_lost"),
+        ("one rank alone ends, the others wait",
+         "    with ranks.hold_refusals():\n        complete(config, ranks.world)\n"
+         "        refuse_unusable(Path(config.run), resuming=resumed is not None)\n    ranks.meet()\n",
+         "    complete(config, ranks.world)\n"
+         "    refuse_unusable(Path(config.run), resuming=resumed is not None)\n", "nothing_lost"),
     ],
     "linear_probe.py": [
         ("the probe: gradients add up over the steps", "            optimizer.zero_grad()\n", "", "probe"),
