@@ -196,7 +196,7 @@ class Features(NamedTuple):
     seconds: float
 
 
-def prepare(checkpoint, dataset, data, download, limit, subset, recipe, l2_normalize, seed, device):
+def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe, l2_normalize, seed, device):
     """The Job that the options describe. Raises Refused for what cannot be probed."""
     checkpoint = checkpoint / "ckpt.pt" if checkpoint.is_dir() else checkpoint
     frozen = load_encoder(checkpoint, device, l2_normalize)
@@ -205,23 +205,39 @@ def prepare(checkpoint, dataset, data, download, limit, subset, recipe, l2_norma
     own_dataset, own_data = frozen.config["dataset"], frozen.config["data"]
     dataset, data = dataset or own_dataset, data or own_data
     elsewhere = data != own_data and dataset in (own_dataset, "folder")
+    if validate and (elsewhere or limit or dataset != own_dataset):
+        raise Refused("--validate takes the run's own images: leave --dataset, --data and --limit out")
     kind = suffix(
         dataset != own_dataset and dataset,
         elsewhere and Path(data).resolve().name,
         subset < 1 and f"{subset:g}",
         limit and f"first{limit}",
+        validate and "validation",
         recipe,
     )
     frozen.config = frozen.config | {"data": data, "normalize_encoder": frozen.unit}
     stream = dataset == "folder" and frozen.config.get("stream", False)
     source = {"size": frozen.size, "download": download, "stream": stream}
-    train, test = load_data(dataset, data, True, limit=limit, **source), load_data(dataset, data, False, **source)
+    if validate:
+        train, test = seen_and_left_out(frozen.config, source)
+    else:
+        train, test = load_data(dataset, data, True, limit=limit, **source), load_data(dataset, data, False, **source)
     require_same_classes(train, test, data)
     if len(train.classes) < 2:
         raise Refused(f"--data {data} has one class alone: a classifier needs two")
     if subset < 1:
         train = take(train, stratified(train.labels, subset, generator(seed, 4)))
     return Job(checkpoint, kind, frozen, dataset, train, test)
+
+
+def seen_and_left_out(config, source):
+    """The training images that the run took, and those that its --subset left out, as two sets."""
+    if config.get("subset", 1.0) == 1:
+        raise Refused("--validate tests on the images that pretrain.py --subset left out: this run took all of them")
+    data = load_data(config["dataset"], config["data"], True, limit=config["limit"], **source)
+    seen = stratified(data.labels, config["subset"], generator(config["seed"], 4))
+    left_out = torch.ones(len(data.labels), dtype=torch.bool).index_fill(0, seen, False)
+    return take(data, seen), take(data, left_out.nonzero().squeeze(1))
 
 
 def extract_both(job, workers):
@@ -316,6 +332,8 @@ def complete_fit(recipe, options, given):
 @click.option("--download/--no-download", default=True, help="Fetch what is missing.")
 @click.option("--limit", type=click.IntRange(min=2), show_default="all", help="Fit to the first N training images.")
 @click.option("--subset", type=SHARE, default=1.0, help="Fit to this part of every class.")
+@click.option("--validate", is_flag=True,
+              help="Test on the training images that the run's --subset left out, for choosing its settings.")
 @click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read a streamed folder.")
 @click.option("--augment", is_flag=True, help="Fit to crops and flips, encoded anew in every epoch, as the papers do.")
 @click.option("--standardize/--no-standardize", default=True, help="Bring every feature to mean 0 and deviation 1.")
@@ -339,7 +357,7 @@ def complete_fit(recipe, options, given):
               help="Draw reliability, confusions and a 2-D projection as PNG (needs matplotlib).")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
 @click.pass_context
-def main(context, checkpoint, recipe, dataset, data, download, limit, subset, workers, augment, l2_normalize,
+def main(context, checkpoint, recipe, dataset, data, download, limit, subset, validate, workers, augment, l2_normalize,
          with_baselines, figure, device, **options):
     """Fit a linear classifier to the frozen features of CHECKPOINT, a ckpt.pt or its folder, and test it."""
     given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
@@ -347,7 +365,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, wo
     if figure:
         pyplot()  # said now, not after the fit
     device = choose_device(device)
-    job = prepare(checkpoint, dataset, data, download, limit, subset, recipe, l2_normalize, fit.seed, device)
+    job = prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe, l2_normalize, fit.seed, device)
     folder = job.checkpoint.parent
     before = fingerprint(job.frozen)
     features, start = extract_both(job, workers), time.perf_counter()

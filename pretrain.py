@@ -27,16 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losses
 from common.cli import Refused, run_command, say
-from common.config import GroupedCommand, complete, config_options, fit_to_data, read, require_same_data, widths_of
-from common.data import Missing, generator, load_data, mean_and_std, require_same_classes
-from common.data import stratified, take, with_label_noise
-from common.journal import Journal
+from common.config import GroupedCommand, complete, config_options, fit_to_data, read
+from common.data import load_on_every_rank, mean_and_std
+from common.journal import open_journal
 from common.metrics import knn_top1
-from common.models import Model, Queue, bfloat16_is_fast, build_encoder, build_projection, features, still_statistics
-from common.objectives import OBJECTIVES, collapse_and_floor, total_loss
+from common.models import Queue, bfloat16_is_fast, build_model, features, still_statistics
+from common.objectives import OBJECTIVES, total_loss
 from common.optim import learning_rate, make_optimizer, set_learning_rate
 from common.presets import PRESETS, describe
-from common.ranks import Ranks, choose_device, gather_views
+from common.ranks import Ranks, choose_device, gather_views, tf32_allowed
 from common.run_folder import FORMAT, load_state, refuse_unusable, signals_noted
 from common.views import make_batches
 
@@ -49,31 +48,27 @@ def train(config, resumed=None):
     resumed: the contents of a checkpoint to go on from. Every rank of a torchrun calls this with the same arguments.
     """
     with Ranks(config.device) as ranks, tf32_allowed(config.precision != "float32"):
-        return train_on(ranks, config, resumed)
-
-
-def train_on(ranks, config, resumed):
-    with ranks.hold_refusals():
-        complete(config, ranks.world)
-        refuse_unusable(Path(config.run), resuming=resumed is not None)
-    ranks.meet()
-    data, test = load_on_every_rank(config, ranks)
-    with ranks.hold_refusals():
-        fit_to_data(config, data)
-        run = Run(config, data, ranks, resumed)
-    ranks.meet()
-    with ranks.hold_refusals():
-        journal = open_journal(run, data, test, ranks, resumed)
-    ranks.meet()
-    run.join(ranks)
-    with signals_noted() as asked:
-        train_steps(run, data, test, ranks, journal, asked)
-    with ranks.hold_refusals():
-        if journal:
-            journal.close(run)
-    ranks.meet()
-    say_how_it_ended(run)
-    return journal and journal.entry
+        with ranks.hold_refusals():
+            complete(config, ranks.world)
+            refuse_unusable(Path(config.run), resuming=resumed is not None)
+        ranks.meet()
+        data, test = load_on_every_rank(config, ranks)
+        with ranks.hold_refusals():
+            fit_to_data(config, data, resumed)
+            run = Run(config, data, ranks, resumed)
+        ranks.meet()
+        with ranks.hold_refusals():
+            journal = open_journal(run, data, test, ranks, resumed)
+        ranks.meet()
+        run.join(ranks)
+        with signals_noted() as asked:
+            train_steps(run, data, test, ranks, journal, asked)
+        with ranks.hold_refusals():
+            if journal:
+                journal.close(run)
+        ranks.meet()
+        say_how_it_ended(run)
+        return journal and journal.entry
 
 
 def train_steps(run, data, test, ranks, journal, asked):
@@ -103,7 +98,7 @@ def train_steps(run, data, test, ranks, journal, asked):
 def training_step(run, batch):
     """Puts the gradient of the global batch's loss into the parameters. Returns (loss, z of this rank's views)."""
     config = run.config
-    parts = batch.split(config.micro_batch or len(batch))
+    parts = batch.parts(config.micro_batch or len(batch))
     if len(parts) > 1:
         return cached_gradients(run, batch, parts)
     x, y = batch.views()
@@ -203,7 +198,6 @@ class Run:
         parameters = {"params": model.parameters(), "weight_decay": config.weight_decay}
         self.optimizer = make_optimizer(config, [parameters], config.lr)
         if resumed:
-            require_same_data(config, data, resumed)
             self.restore(resumed)
         if config.compile:
             model.encoder.compile()
@@ -255,61 +249,6 @@ class Run:
                           "raise --epochs")
 
 
-def build_model(config, autocast):
-    """The model that the options describe, with the weights that belong to the seed."""
-    torch.manual_seed(config.seed)
-    encoder, width = build_encoder(config.arch, config.stem)
-    objective = OBJECTIVES[config.loss]
-    projection = build_projection(widths_of(config.projection, width)) if objective.contrast else None
-    has_classifier = objective.contrast is None or config.ce_weight
-    classifier = nn.Linear(width, config.num_classes) if has_classifier else None
-    return Model(encoder, projection, classifier, unit=objective.unit, unit_r=config.normalize_encoder,
-                 detach=config.ce_detach, autocast=autocast)
-
-
-@contextlib.contextmanager
-def tf32_allowed(allowed):
-    """Convolutions may, or may not, round to TF32 in this block."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
-# ---------------------------------------------------------------- data
-
-
-def load_on_every_rank(config, ranks):
-    """(training set, test set or None). On each machine one rank loads, and downloads, before the others."""
-    loads_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    for turn in (True, False):
-        if turn == loads_first:
-            with ranks.hold_refusals():
-                loaded = load(config, config.download and loads_first, ranks.rank == 0)
-        ranks.meet()  # here the other ranks wait
-    return loaded
-
-
-def load(config, download, with_test):
-    """(training set, test set or None) as the options want them. Only rank 0 needs the test set, for its diagnosis."""
-    source = {"size": config.size, "download": download, "stream": config.stream}
-    data, test = load_data(config.dataset, config.data, True, limit=config.limit, **source), None
-    if with_test:
-        with contextlib.suppress(Missing):
-            test = load_data(config.dataset, config.data, False, **source)
-    if test is not None:
-        require_same_classes(data, test, config.data)
-    if config.subset < 1:
-        data = take(data, stratified(data.labels, config.subset, generator(config.seed, 4)))
-    if config.label_noise:
-        noisy = with_label_noise(data.labels, config.label_noise, len(data.classes), generator(config.seed, 5))
-        config.noisy_labels = int((noisy != data.labels).sum())
-        data = data._replace(labels=noisy)
-    return data, test
-
-
 # ---------------------------------------------------------------- what is said and measured beside
 
 
@@ -334,34 +273,6 @@ def diagnose(run, z, data, test):
         found["knn_top1"] = knn_top1(r[:bank], y_bank, r[bank:], y_query)
     found["diagnosis_seconds"] = round(time.perf_counter() - start, 2)
     return found
-
-
-def open_journal(run, data, test, ranks, resumed):
-    """Rank 0's Journal, and the first lines of the run; None on the other ranks."""
-    if ranks.rank > 0:
-        return None
-    collapse, floor = collapse_and_floor(run.config, data.labels)
-    journal = Journal(run, ranks.world, resumed, collapse)
-    announce(run, data, test, ranks.world)
-    if collapse:
-        say(f"the loss is {collapse:.4f} when all features collapse to one; its floor is about {floor:.4f}")
-    if resumed:
-        lr = learning_rate(run.config, run.step, run.steps_per_epoch)
-        say(f"going on from step {run.step} of {run.total_steps} at a learning rate of {lr:.4g}")
-    return journal
-
-
-def announce(run, data, test, world):
-    config, size = run.config, data.images.shape[-1]
-    weights = sum(p.numel() for p in run.model.encoder.parameters()) / 1e6
-    precision = "bfloat16 autocast" if run.autocast else "no autocast"
-    say(f"{config.dataset}: {len(data.labels)} images of {size} x {size}, {len(data.classes)} classes; {config.arch}, "
-        f"{config.stem} stem, {weights:.2f} M weights, {config.device} x {world}, {precision}")
-    tau = "" if config.tau is None else f", tau {config.tau}, loss scale {config.loss_scale:.4f}"
-    say(f"{config.loss}{tau}; batch {config.batch} x {config.views} views, {config.epochs} epochs, lr {config.lr:.4g} "
-        f"after {config.warmup:g} epochs of warm-up; {config.run}")
-    if test is None:
-        say(f"no test set in {config.data}: no k-NN accuracy after the epochs")
 
 
 def say_how_it_ended(run):

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torchvision
 
-from common.cli import Refused, require, run_command, say
+from common.cli import Refused, run_command, say
+from common.config import require
 from common.corruptions import MADE, NAMES, corrupt
 from common.data import Data, generator, load_data, read_image, resize_and_crop, resize_square
 from common.figures import draw_robustness, pyplot

@@ -23,12 +23,6 @@ class Refused(click.ClickException):
         super().__init__(message)
 
 
-def require(condition, message):
-    """Raises Refused with the message unless the condition holds."""
-    if not condition:
-        raise Refused(message)
-
-
 def is_first():
     """Whether this process is rank 0, or no rank of a torchrun at all."""
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"

@@ -13,13 +13,19 @@ import click
 import torch
 from click.core import ParameterSource
 
-from common.cli import require, say
+from common.cli import Refused, say
 from common.data import DATASETS, SMALL
 from common.models import ARCHS
-from common.objectives import OBJECTIVES
+from common.objectives import OBJECTIVES, is_masked
 from common.presets import PRESETS, describe
 from common.run_folder import newest_checkpoint
 from common.views import AUGMENTATIONS
+
+def require(condition, message):
+    """Raises Refused with the message unless the condition holds."""
+    if not condition:
+        raise Refused(message)
+
 
 # ---------------------------------------------------------------- kinds of values
 
@@ -40,11 +46,6 @@ class Widths(click.ParamType):
     def convert(self, value, param, ctx):
         good = re.fullmatch(r"((r|[1-9]\d{0,6})-){0,3}[1-9]\d{0,6}", value)
         return value if good else self.fail(f"{value!r} is not of the form 128, r-128 or 2048-128.", param, ctx)
-
-
-def widths_of(projection, r):
-    """The widths of the projection head's layers, the width of r first."""
-    return [r] + [r if width == "r" else int(width) for width in projection.split("-")]
 
 
 LARGEST = 2**31 - 1
@@ -106,6 +107,11 @@ class Config:
     tau: float = option(None, POSITIVE, "Temperature.", "0.1; 0.5 for simclr")
     loss_scale: float = option(None, POSITIVE, "Factor of the contrastive loss.",
                         "tau/0.07 for supcon, supcon-in and simclr, as in the reference code; else 1")
+    denominator: str = option("all", one_of(["all", "one_positive", "negatives"]),
+                        "Of supcon and supcon-in: all other rows, as in the paper, or the negatives with or without "
+                        "the one positive.")
+    positives_cap: int = option(None, click.IntRange(0, LARGEST),
+                        "Positives that an anchor of supcon and supcon-in keeps beside its own image's views.", "all")
     margin: float = option(None, NOT_NEGATIVE, "Margin of triplet and max-margin.", "0.2 for triplet, 1 for max-margin")
     mining: str = option("semihard", one_of(["semihard", "hard", "all"]), "Which triplets count.")
     npair_l2: float = option(0.02, NOT_NEGATIVE, "Weight of the mean squared norm in n-pair.")
@@ -222,6 +228,7 @@ MEANT_FOR = [  # (options, whether they have a meaning in a config, where they h
     (["mining"], lambda c: c.loss == "triplet", "--loss triplet"),
     (["npair_l2"], lambda c: OBJECTIVES[c.loss].pairs, "--loss n-pair"),
     (["loss_scale", "projection"], lambda c: OBJECTIVES[c.loss].contrast, "a contrastive --loss"),
+    (["denominator", "positives_cap"], lambda c: c.loss in ("supcon", "supcon-in"), "--loss supcon and supcon-in"),
     (["momentum_encoder"], lambda c: c.queue, "--queue"),
     (["mix_alpha"], lambda c: c.mix, "--mix"),
     (["jitter"], lambda c: c.augment in ("sim", "stacked-rand"), "--augment sim and stacked-rand"),
@@ -341,6 +348,11 @@ def complete(config, world):
         f"--mix has no meaning for --loss {loss}, whose labels are not shared: leave it out")
     require(not config.mix or not config.queue, "--mix gives soft labels and --queue keeps hard ones: leave one out")
 
+    require(not is_masked(config) or not (config.queue or config.mix),
+            "--denominator and --positives-cap go with hard labels of one batch: leave --queue and --mix out")
+    require((config.positives_cap or 0) % config.views == 0,
+            f"--positives-cap {config.positives_cap} is not a multiple of --views {config.views}: choose one that is")
+
     share = config.batch // world  # of a rank
     at_a_time = config.micro_batch or share
     require(config.batch % world == 0,
@@ -352,8 +364,8 @@ def complete(config, world):
     require(not config.mix or at_a_time > 1, "--mix needs two images at a time: raise --batch or --micro-batch")
 
 
-def fit_to_data(config, data):
-    """Fills in what depends on the data, and refuses data that the options do not fit."""
+def fit_to_data(config, data, resumed=None):
+    """Fills in what depends on the data, and refuses data that do not fit the options or the run that is resumed."""
     n, size, classes = len(data.labels), data.images.shape[-1], len(data.classes)
     fill_in(config, size=size, stem="3x3" if size <= SMALL else "7x7", num_classes=classes)
     objective = OBJECTIVES[config.loss]
@@ -364,6 +376,8 @@ def fit_to_data(config, data):
     alone = torch.bincount(data.labels, minlength=classes).min() < 2
     require(not objective.pairs or not alone,
             f"--loss {config.loss} needs two images of every class: raise --limit or mend the data")
+    if resumed:
+        require_same_data(config, data, resumed)
 
 
 def require_same_data(config, data, contents):

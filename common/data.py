@@ -3,7 +3,9 @@
 To add one, give it a name in DATASETS, a branch in load_data, and a line in FILES.
 """
 
+import contextlib
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +44,35 @@ FILES = {  # what torchvision looks for, or unpacks, in the folder of the data s
     "fashionmnist": "FashionMNIST/raw/ with the four *-ubyte files, unzipped "
         "(github.com/zalandoresearch/fashion-mnist)",
 }
+
+
+def load_on_every_rank(config, ranks):
+    """(training set, test set or None). On each machine one rank loads, and downloads, before the others."""
+    loads_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for turn in (True, False):
+        if turn == loads_first:
+            with ranks.hold_refusals():
+                loaded = load(config, config.download and loads_first, ranks.rank == 0)
+        ranks.meet()  # here the other ranks wait
+    return loaded
+
+
+def load(config, download, with_test):
+    """(training set, test set or None) as the options want them. Only rank 0 needs the test set, for its diagnosis."""
+    source = {"size": config.size, "download": download, "stream": config.stream}
+    data, test = load_data(config.dataset, config.data, True, limit=config.limit, **source), None
+    if with_test:
+        with contextlib.suppress(Missing):
+            test = load_data(config.dataset, config.data, False, **source)
+    if test is not None:
+        require_same_classes(data, test, config.data)
+    if config.subset < 1:
+        data = take(data, stratified(data.labels, config.subset, generator(config.seed, 4)))
+    if config.label_noise:
+        noisy = with_label_noise(data.labels, config.label_noise, len(data.classes), generator(config.seed, 5))
+        config.noisy_labels = int((noisy != data.labels).sum())
+        data = data._replace(labels=noisy)
+    return data, test
 
 
 def load_data(dataset, root, train, *, size=None, download=True, limit=None, stream=False):

@@ -8,7 +8,37 @@ from pathlib import Path
 import torch
 
 from common.cli import Refused, say
+from common.objectives import collapse_and_floor
+from common.optim import learning_rate
 from common.run_folder import RunFolder, describe_run
+
+
+def open_journal(run, data, test, ranks, resumed):
+    """Rank 0's Journal, and the first lines of the run; None on the other ranks."""
+    if ranks.rank > 0:
+        return None
+    collapse, floor = collapse_and_floor(run.config, data.labels)
+    journal = Journal(run, ranks.world, resumed, collapse)
+    announce(run, data, test, ranks.world)
+    if collapse:
+        say(f"the loss is {collapse:.4f} when all features collapse to one; its floor is about {floor:.4f}")
+    if resumed:
+        lr = learning_rate(run.config, run.step, run.steps_per_epoch)
+        say(f"going on from step {run.step} of {run.total_steps} at a learning rate of {lr:.4g}")
+    return journal
+
+
+def announce(run, data, test, world):
+    config, size = run.config, data.images.shape[-1]
+    weights = sum(p.numel() for p in run.model.encoder.parameters()) / 1e6
+    precision = "bfloat16 autocast" if run.autocast else "no autocast"
+    say(f"{config.dataset}: {len(data.labels)} images of {size} x {size}, {len(data.classes)} classes; {config.arch}, "
+        f"{config.stem} stem, {weights:.2f} M weights, {config.device} x {world}, {precision}")
+    tau = "" if config.tau is None else f", tau {config.tau}, loss scale {config.loss_scale:.4f}"
+    say(f"{config.loss}{tau}; batch {config.batch} x {config.views} views, {config.epochs} epochs, lr {config.lr:.4g} "
+        f"after {config.warmup:g} epochs of warm-up; {config.run}")
+    if test is None:
+        say(f"no test set in {config.data}: no k-NN accuracy after the epochs")
 
 
 class Losses:

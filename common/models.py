@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from common.objectives import OBJECTIVES
 from common.views import normalize
 
 ARCHS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet200")
@@ -51,6 +52,11 @@ def build_projection(widths):
     return nn.Sequential(*layers[:-1])
 
 
+def widths_of(projection, r):
+    """The widths of the projection head's layers, the width of r first."""
+    return [r] + [r if width == "r" else int(width) for width in projection.split("-")]
+
+
 class Model(nn.Module):
     """x (N, 3, H, H) -> z = Proj(Enc(x)), (N, D), and class scores of r, (N, C) or None.
 
@@ -72,6 +78,18 @@ class Model(nn.Module):
         z = F.normalize(z) if self.unit else z
         logits = None if self.classifier is None else self.classifier(r.detach() if self.detach else r)
         return z, logits
+
+
+def build_model(config, autocast):
+    """The model that the options describe, with the weights that belong to the seed."""
+    torch.manual_seed(config.seed)
+    encoder, width = build_encoder(config.arch, config.stem)
+    objective = OBJECTIVES[config.loss]
+    projection = build_projection(widths_of(config.projection, width)) if objective.contrast else None
+    has_classifier = objective.contrast is None or config.ce_weight
+    classifier = nn.Linear(width, config.num_classes) if has_classifier else None
+    return Model(encoder, projection, classifier, unit=objective.unit, unit_r=config.normalize_encoder,
+                 detach=config.ce_detach, autocast=autocast)
 
 
 def encode(encoder, x, autocast):

@@ -21,11 +21,26 @@ from common.ranks import gather_views
 
 
 def supcon_out(config, z, y, images, queue):
+    if is_masked(config):
+        return masked(losses.supcon_out, config, z, y)
     return losses.supcon_sharded(z, y, config.tau, queue=queue)
 
 
 def supcon_in(config, z, y, images, queue):
+    if is_masked(config):
+        return masked(losses.supcon_in, config, z, y)
     return losses.supcon_sharded(z, y, config.tau, queue=queue, variant="in")
+
+
+def is_masked(config):
+    """Whether a denominator is not that of the paper, or positives are left out."""
+    return config.denominator != "all" or config.positives_cap is not None
+
+
+def masked(loss, config, z, y):
+    z, y = gather_views(z, config.views), gather_views(y, config.views)  # every rank looks at all rows
+    return loss(z, y, config.tau, denominator=config.denominator, positives_cap=config.positives_cap,
+                views=config.views)
 
 
 def nt_xent(config, z, y, images, queue):
@@ -126,7 +141,7 @@ def collapse_and_floor(config, labels):
     over the classes' shares.
     """
     positives, rows = OBJECTIVES[config.loss].positives, config.batch * config.views
-    if positives is None or config.ce_weight or config.mix or config.queue:
+    if positives is None or config.ce_weight or config.mix or config.queue or is_masked(config):
         return None, None
     share = torch.bincount(labels).double() / len(labels)
     share = (share > 0).double() / (share > 0).sum() if config.balanced else share

@@ -26,6 +26,17 @@ def choose_device(name):
         raise Refused(f"--device {name} cannot be used here: leave it out, or try --device cpu") from e
 
 
+@contextlib.contextmanager
+def tf32_allowed(allowed):
+    """Convolutions may, or may not, round to TF32 in this block."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 class RefusedElsewhere(SystemExit):
     """Another rank has refused something and says so. This one ends silently, with status 2 as well."""
 

@@ -272,7 +272,7 @@ class Batch:
     def __len__(self):
         return len(self.labels)
 
-    def split(self, size):
+    def parts(self, size):
         """The same images as batches of `size`."""
         return [self.part(slice(i, i + size)) for i in range(0, len(self), size)]
 

@@ -8,6 +8,7 @@ import torch
 import common.cli
 import common.config
 import common.data
+import common.models
 import common.run_folder
 import linear_probe
 import pretrain
@@ -106,6 +107,10 @@ BAD = [
     (["--lr", "1", "--lr-per-256", "1"], "leave one out"),
     (["--queue", "9", "--loss", "triplet"], "--queue has no meaning for --loss triplet"),
     (["--queue", "9", "--mix", "mixup"], "leave one out"),
+    (["--denominator", "all", "--loss", "simclr"], "--denominator has a meaning for --loss supcon and supcon-in alone"),
+    (["--denominator", "negatives", "--queue", "9"], "leave --queue and --mix out"),
+    (["--positives-cap", "2", "--mix", "mixup"], "leave --queue and --mix out"),
+    (["--positives-cap", "3"], "--positives-cap 3 is not a multiple of --views 2"),
     (["--mix", "mixup", "--loss", "simclr"], "--mix has no meaning for --loss simclr"),
     (["--mix-alpha", "2"], "--mix-alpha has a meaning for --mix alone"),
     (["--momentum-encoder", "0.9"], "--momentum-encoder has a meaning for --queue alone"),
@@ -443,5 +448,5 @@ def test_the_heads_of_earlier_versions_have_their_widths(depth, hidden, dim, pro
     old = {"loss": "supcon", "proj_depth": depth, "proj_hidden": hidden, "proj_dim": dim, "figure": False}
     config = common.config.of_checkpoint({"config": old})
     assert config.projection == projection and config.loss == "supcon"
-    widths = common.config.widths_of(config.projection, 512)
+    widths = common.models.widths_of(config.projection, 512)
     assert widths == [512] + [hidden or 512] * (depth - 1) + [dim]

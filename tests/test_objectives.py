@@ -31,6 +31,8 @@ DEFAULTS = {
     "queue": 0,
     "balanced": False,
     "batch": n,
+    "denominator": "all",
+    "positives_cap": None,
 }
 
 
@@ -53,6 +55,10 @@ def test_every_loss_of_that_name_is_the_oracles():
     y, a, b = LABELS.repeat(V), z.numpy(), LABELS.repeat(V).numpy()
     assert value(z, y, loss="supcon") == pytest.approx(ref.supcon_out(a, b, 0.3))
     assert value(z, y, loss="supcon-in") == pytest.approx(ref.supcon_in(a, b, 0.3))
+    for name, loss in (("supcon", ref.supcon_out), ("supcon-in", ref.supcon_in)):
+        for how in ({"denominator": "one_positive"}, {"denominator": "negatives"}, {"positives_cap": V}):
+            assert value(z, y, loss=name, **how) == pytest.approx(loss(a, b, 0.3, **how, views=V))
+            assert value(z, y, loss=name, **how) != pytest.approx(loss(a, b, 0.3))
     assert value(z, y, loss="simclr") == pytest.approx(ref.nt_xent(a, 0.3))
     for mining in ("semihard", "hard", "all"):
         assert value(z, y, loss="triplet", mining=mining) == pytest.approx(ref.triplet(a, b, 0.2, mining=mining))
@@ -168,7 +174,7 @@ def test_a_batch_in_parts_has_the_loss_features_and_gradients_of_the_whole(optio
         def __len__(self):
             return len(self.index)
 
-        def split(self, size):
+        def parts(self, size):
             return [Part(slice(i, i + size)) for i in range(0, n, size)]
 
         def views(self):

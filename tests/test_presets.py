@@ -6,7 +6,6 @@ import torch
 import common.config
 import common.models
 import common.presets
-import pretrain
 from runs import folder_of, options_of, probe, train
 
 pytestmark = pytest.mark.seeds_torch
@@ -91,7 +90,7 @@ def test_every_preset_builds_its_encoder_and_takes_a_step(name, tmp_path, monkey
     """The real encoder is built without memory; the step is a small one's. One real ResNet is stepped below."""
     built = []
     monkeypatch.setattr(
-        pretrain, "build_encoder", lambda *how: built.append(how) or (common.models.small_encoder(), 144)
+        common.models, "build_encoder", lambda *how: built.append(how) or (common.models.small_encoder(), 144)
     )
     folder_of(tmp_path, ["train"], ["a", "b", "c"], size=(40, 40))
     small = [

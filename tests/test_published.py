@@ -307,6 +307,6 @@ def test_heads_of_the_presets_have_the_published_layers():
     """SupContrast: Linear(2048, 2048), ReLU, Linear(2048, 128); google-research's SimCLR: 2048, 2048, 128."""
     widths = lambda head: [layer.out_features for layer in head if isinstance(layer, torch.nn.Linear)]
     for projection, expected in (("128", [128]), ("r-128", [2048, 128]), ("r-r-128", [2048, 2048, 128])):
-        head = common.models.build_projection(common.config.widths_of(projection, 2048))
+        head = common.models.build_projection(common.models.widths_of(projection, 2048))
         assert widths(head) == expected and head[0].in_features == 2048
         assert [type(layer) for layer in head[1::2]] == [torch.nn.ReLU] * (len(expected) - 1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import common.frozen
+import common.journal
+import common.models
 import common.objectives
 import children
 import pretrain
@@ -17,7 +20,7 @@ from runs import FOLDER, SMALL, folder_of, log_of, probe, state_of, torchrun, tr
 pytestmark = pytest.mark.seeds_torch
 EXACT = [*SMALL, "--limit", "64", "--batch", "16", "--epochs", "2", "--precision", "float64", "--lr", "0.01"]
 LOSSES = {
-    "supcon": ["--ce-weight", "0.3"],
+    "supcon": ["--ce-weight", "0.3", "--denominator", "one_positive", "--positives-cap", "2"],
     "n-pair": ["--lr", "0.001"],
     "triplet": ["--mining", "hard"],
     "simclr": ["--augment", "stacked-rand"],
@@ -37,12 +40,12 @@ def frozen_statistics(encoder, width):
 
 @contextlib.contextmanager
 def without_batch_statistics():
-    make = pretrain.build_encoder
-    pretrain.build_encoder = lambda *arguments: frozen_statistics(*make(*arguments))
+    make = common.models.build_encoder
+    common.models.build_encoder = lambda *arguments: frozen_statistics(*make(*arguments))
     try:
         yield
     finally:
-        pretrain.build_encoder = make
+        common.models.build_encoder = make
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +188,7 @@ def test_a_handful_of_images_is_diagnosed_too(limit, tmp_path):
 
 def test_a_loss_that_sits_at_collapse_is_warned_of(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        pretrain, "collapse_and_floor", lambda config, labels: (pretrain.losses.math.log(99) * config.loss_scale, 0.0)
+        common.journal, "collapse_and_floor", lambda config, labels: (math.log(99) * config.loss_scale, 0.0)
     )
     monkeypatch.setattr(pretrain.F, "normalize", lambda z, **k: z * 0 + 1 / z.shape[1] ** 0.5)
     train(*SMALL, "--epochs", "1", "--run-dir", tmp_path / "run")

@@ -135,19 +135,15 @@ MISTAKES = {
         ("oracle: the mean over all rows", "sum(L.values()) / max(1, len(L))", "sum(L.values()) / len(z)", "reference"),
     ],
     "pretrain.py": [
-        ("the same first weights at every seed", "torch.manual_seed(config.seed)", "torch.manual_seed(0)", "moves"),
         ("a diagnosis with a bank of one image", "bank = max(1, min(", "bank = min(1, min(", "log"),
         ("a diagnosis of one query", "query = max(1, min(", "query = min(1, min(", "log"),
         ("alignment of rows image by image",
          "losses.alignment(z, views=views).item()",
          "losses.alignment(z.unflatten(0, (views, -1)).transpose(0, 1).flatten(0, 1), views=views).item()", "log"),
-        ("--normalize-encoder does nothing", "unit_r=config.normalize_encoder", "unit_r=False", "objectives"),
-        ("--ce-detach does nothing", "detach=config.ce_detach", "detach=False", "objectives"),
         ("uniformity of raw features", "z = F.normalize(z).unflatten", "z = z.unflatten", "log"),
         ("the rate of the next step",
          "learning_rate(config, run.step, run.steps_per_epoch))",
          "learning_rate(config, run.step + 1, run.steps_per_epoch))", "log"),
-        ("z of n-pair on the sphere", "unit=objective.unit", "unit=True", "objectives"),
         ("caching: parts joined as they come",
          "return torch.cat([part.unflatten(0, (views, -1)) for part in parts], 1).flatten(0, 1)",
          "return torch.cat(list(parts))", "objectives"),
@@ -166,10 +162,10 @@ MISTAKES = {
          "            load_state(module, contents.get(name), path)\n", "            pass\n", "log"),
         ("the gradients of the last step stay", "        run.optimizer.zero_grad()\n", "", "runs log"),
         ("one rank alone ends, the others wait",
-         "    with ranks.hold_refusals():\n        complete(config, ranks.world)\n"
-         "        refuse_unusable(Path(config.run), resuming=resumed is not None)\n    ranks.meet()\n",
-         "    complete(config, ranks.world)\n"
-         "    refuse_unusable(Path(config.run), resuming=resumed is not None)\n", "nothing_lost"),
+         "        with ranks.hold_refusals():\n            complete(config, ranks.world)\n"
+         "            refuse_unusable(Path(config.run), resuming=resumed is not None)\n        ranks.meet()\n",
+         "        complete(config, ranks.world)\n"
+         "        refuse_unusable(Path(config.run), resuming=resumed is not None)\n", "nothing_lost"),
     ],
     "linear_probe.py": [
         ("the probe: gradients add up over the steps", "            optimizer.zero_grad()\n", "", "probe"),
@@ -238,8 +234,6 @@ MISTAKES = {
         ("decay of 1e-3", "option(1e-4, NOT_NEGATIVE", "option(1e-3, NOT_NEGATIVE", "defaults"),
         ("a run goes on with fewer images",
          "require(len(data.labels) == images,", "require(len(data.labels) <= images,", "defaults"),
-        ("hidden layers as wide as z",
-         '[r if width == "r" else int(width)', '[128 if width == "r" else int(width)', "objectives published"),
     ],
     "common/corruptions.py": [
         ("severities from 0", "[name][severity - 1]", "[name][severity % 5]", "corruptions"),
@@ -334,6 +328,12 @@ MISTAKES = {
         ("twenty neighbours", "query_labels, k=200, tau=0.07", "query_labels, k=20, tau=0.07", "metrics"),
     ],
     "common/models.py": [
+        ("the same first weights at every seed", "torch.manual_seed(config.seed)", "torch.manual_seed(0)", "moves"),
+        ("--normalize-encoder does nothing", "unit_r=config.normalize_encoder", "unit_r=False", "objectives"),
+        ("--ce-detach does nothing", "detach=config.ce_detach", "detach=False", "objectives"),
+        ("z of n-pair on the sphere", "unit=objective.unit", "unit=True", "objectives"),
+        ("hidden layers as wide as z",
+         '[r if width == "r" else int(width)', '[128 if width == "r" else int(width)', "objectives published"),
         ("neighbours under the batch's statistics", "    encoder.eval()\n    parts", "    parts", "log"),
         ("the encoder stays in evaluation after a diagnosis", "encoder.train(was_training)", "encoder.eval()", "log"),
         ("the head ends with a ReLU", "nn.Sequential(*layers[:-1])", "nn.Sequential(*layers)", "objectives published"),

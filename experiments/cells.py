@@ -1,0 +1,255 @@
+"""What the experiments share: cells that run once, and the tables and pictures of what they found.
+
+An experiment is a table of cells. A cell is a training and a probe, written as the words of their command lines, and it
+runs once for each seed. Its result becomes a line of results/experiments/NAME-SCALE.jsonl. A cell that has its line is
+not run again, and a training that was stopped goes on from its checkpoint in runs/experiments: so an experiment can be
+ended and started again at any time. Two processes may share the work, each with --seed of its own.
+"""
+
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import linear_probe
+import pretrain
+from common.cli import Refused, say
+from common.figures import pyplot, save
+
+# ---------------------------------------------------------------- how large
+
+
+class Scale(NamedTuple):
+    """What all cells of an experiment share."""
+
+    train: str  # words of pretrain.py
+    batch: int
+    lr: float  # of SupCon at this batch
+    epochs: float  # of two views of each image: every cell encodes as many views
+    probe: str  # words of linear_probe.py
+    seeds: int
+
+
+FEW_CELLS = "--lr 0.1 --lr 1 --weight-decay 0 --epochs 50"
+CROPS = "--augment crop --nesterov --weight-decay 5e-4"
+SCALES = {
+    "smoke": Scale(f"--dataset shapes --size 12 --limit 80 --device cpu {CROPS}", 20, 0.1, 1,
+                   "--lr 1 --weight-decay 0 --epochs 1 --device cpu", 1),
+    "cpu": Scale(f"--dataset folder --data data/cifar10-jpeg --arch small {CROPS}", 128, 0.2, 3, FEW_CELLS, 3),
+    "gpu": Scale(f"--dataset cifar10 --arch resnet18 {CROPS}", 512, 0.5, 10, FEW_CELLS, 3),
+    "paper": Scale("--dataset cifar10 --arch resnet50", 1024, 0.5, 1000, "", 3),
+}
+
+
+def trained(scale, loss, *, views=2, lr=1, batch=1, times=1, words=""):
+    """The words of a training. lr, batch and times multiply the scale's rate, batch and number of views."""
+    epochs = max(1, round(2 * times * scale.epochs / views))
+    size, rate = round(batch * scale.batch), lr * scale.lr
+    return f"--loss {loss} --views {views} --epochs {epochs} --batch {size} --lr {rate:g} {words}".strip()
+
+
+# ---------------------------------------------------------------- one cell
+
+
+class Cell(NamedTuple):
+    train: str  # words of pretrain.py; what they say comes after the scale's, and so before it in rank
+    probe: str = ""
+    measure: Callable = None  # of the run's folder: a dict of further results
+    seeds: int = None  # instead of the scale's
+
+
+def run_cell(name, cell, scale, seed, folder, more):
+    """Trains and probes, and returns the result, a dict. folder: the run's. more: further words for the training."""
+    train = f"{scale.train} {more} {cell.train} --seed {seed}"
+    if any((folder / checkpoint).exists() for checkpoint in ("ckpt.pt", "ckpt-previous.pt")):
+        last = command(pretrain, f"--resume {shlex.quote(str(folder))}")
+    else:
+        last = command(pretrain, f"{train} --run-dir {shlex.quote(str(folder))}")
+    about = json.loads((folder / "config.json").read_text())
+    options = about["options"]
+    if last is None or last["epoch"] < options["epochs"]:
+        raise Refused(f"stopped in the cell {name}, seed {seed}: the same command goes on")
+    probed = command(linear_probe, f"{shlex.quote(str(folder))} {scale.probe} {cell.probe}")
+    result = {"cell": name, "seed": seed, "top1": probed["top1"], "knn": probed["knn_top1"], "ece": probed["ece"]}
+    result |= {key: probed[key] for key in ("alignment", "uniformity", "tolerance", "train_top1", "held_out_top1")}
+    result |= {"loss": options["loss"], "epochs": options["epochs"]}
+    result |= cell.measure(folder) if cell.measure else {}
+    return result | {"train": train, "probe": f"{scale.probe} {cell.probe}".strip(), "place": place(about)}
+
+
+def command(stage, words):
+    """Runs a stage as its command line would, and returns what its main function returns."""
+    say(f"$ python {stage.__name__}.py {words}")
+    return stage.main(shlex.split(words), standalone_mode=False)
+
+
+def place(about):
+    """In words, from a config.json: what the numbers were made with."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"{about['device']}, {about['threads']} thread(s), {versions}, commit {about['commit']}"
+
+
+# ---------------------------------------------------------------- all cells
+
+
+class Experiment(NamedTuple):
+    """One figure or table of a paper, measured here."""
+
+    name: str
+    title: str
+    cells: Callable  # of a Scale: {name of a cell: Cell}, the most important first
+    table: Callable  # of the results: (head, rows)
+    draw: Callable  # of pyplot and the results: a figure
+    claims: Callable  # of the results: a list of Claims
+
+
+class Claim(NamedTuple):
+    claim: str
+    paper: str
+    here: str
+    held: str
+
+
+def run_all(experiment, scale_name, seeds, only, results, runs, more):
+    """Runs the cells that have no result yet, seed by seed, and appends each one's result to the file."""
+    scale = SCALES[scale_name]
+    path = results / f"{experiment.name}-{scale_name}.jsonl"
+    results.mkdir(parents=True, exist_ok=True)
+    for seed in seeds or range(scale.seeds):
+        for name, cell in experiment.cells(scale).items():
+            done = (name, seed) in {(r["cell"], r["seed"]) for r in read(path)}
+            if done or only not in name or seed >= (cell.seeds or scale.seeds):
+                continue
+            folder = runs / f"{experiment.name}-{scale_name}" / f"{as_file_name(name)}-s{seed}"
+            result = run_cell(name, cell, scale, seed, folder, more)
+            with open(path, "a") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+def as_file_name(name):
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in name)
+
+
+def read(path):
+    """The results of a file, a list of dicts. A last line that was cut off is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def by_cell(results):
+    """{name of a cell: its results, one for each seed}, in the order of the file."""
+    found = {}
+    for result in results:
+        found.setdefault(result["cell"], []).append(result)
+    return found
+
+
+# ---------------------------------------------------------------- tables and pictures
+
+
+def values(results, key):
+    return [result[key] for result in results]
+
+
+def spread(results, key="top1", digits=1):
+    """Mean and sample standard deviation over the seeds, as words."""
+    numbers = values(results, key)
+    mean = f"{statistics.mean(numbers):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
+
+
+def top1(results):
+    """The mean over the seeds, in percent."""
+    return statistics.mean(values(results, "top1"))
+
+
+def is_above(a, b, key="top1"):
+    """Whether the mean of a is above that of b by more than two standard errors of the difference: "held", "not held",
+    or "undecided" where the seeds are too few or too far apart. a, b: results, one for each seed."""
+    if min(len(a), len(b)) < 2:
+        return "undecided"
+    first, second = values(a, key), values(b, key)
+    difference = statistics.mean(first) - statistics.mean(second)
+    error = (statistics.variance(first) / len(first) + statistics.variance(second) / len(second)) ** 0.5
+    if abs(difference) <= 2 * error:
+        return "undecided"
+    return "held" if difference > 0 else "not held"
+
+
+def compared(claim, paper, found, a, b):
+    """The claim that the cell named a is above the one named b, or no claim where one of them has no result."""
+    if not (a in found and b in found):
+        return []
+    here = f"{spread(found[a])} against {spread(found[b])} %"
+    return [Claim(claim, paper, here, is_above(found[a], found[b]))]
+
+
+COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999"  # Okabe and Ito's
+
+
+def bars(plt, found, label="top-1 of a linear probe, %"):
+    """A figure of one bar for each cell: the mean over the seeds, and every seed as a dot."""
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.4 * len(found)), layout="constrained")
+    for row, (name, results) in enumerate(found.items()):
+        axis.barh(row, top1(results), color=COLOURS[0], alpha=0.6, height=0.7)
+        axis.plot(values(results, "top1"), [row] * len(results), ".", color="black")
+        axis.annotate(f"{top1(results):.1f}", (max(values(results, "top1")), row), (6, 0), textcoords="offset points",
+                      va="center")
+    axis.set_yticks(range(len(found)), list(found))
+    axis.invert_yaxis()
+    lowest = min(min(values(results, "top1")) for results in found.values())
+    axis.set(xlabel=label, xlim=(max(0, 10 * (lowest // 10) - 10), None))
+    axis.margins(x=0.1)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def as_markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+
+
+def write_report(experiment, scale_name, folder):
+    """Writes the table and the picture of the results in `folder` beside them, and returns the claims."""
+    path = folder / f"{experiment.name}-{scale_name}.jsonl"
+    results = read(path)
+    found = by_cell(results)
+    seeds = ", ".join(map(str, sorted(set(values(results, "seed")))))
+    places = sorted(set(values(results, "place")))
+    claims = experiment.claims(found)
+    text = [
+        f"# {experiment.title}",
+        f"`python experiments/{experiment.name}.py --scale {scale_name}`; seeds {seeds}, mean ± standard deviation.",
+        as_markdown(*experiment.table(found)),
+        as_markdown(["claim", "paper", "here", "held?"], claims),
+        f"![{experiment.title}]({path.stem}.png)",
+        "\n".join(f"- {line}" for line in places),
+    ]
+    path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    save(experiment.draw(pyplot(), found), path.with_suffix(".png"))
+    return claims
+
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+def main_of(experiment):
+    """The command line of an experiment."""
+
+    @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+    @click.option("--scale", type=click.Choice(list(SCALES)), default="cpu", help="How large.")
+    @click.option("--seed", type=int, multiple=True, help="Run these seeds alone.", show_default="the scale's")
+    @click.option("--only", default="", help="Run the cells alone whose name contains this.")
+    @click.option("--train", "more", default="", help="Words for every training, such as '--data FOLDER'.")
+    @click.option("--results", type=FOLDER, default="results/experiments", help="Folder of the results.")
+    @click.option("--runs", type=FOLDER, default="runs/experiments", help="Folder of the trainings.")
+    def main(scale, seed, only, more, results, runs):
+        run_all(experiment, scale, seed, only, results, runs, more)
+
+    main.help = f"{experiment.title}. `python experiments/report.py` draws what it found."
+    return main

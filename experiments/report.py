@@ -1,0 +1,33 @@
+"""Tables and pictures of what the experiments found, and the table of claims in the README.
+
+    python experiments/report.py        reads results/experiments/*.jsonl, and writes *.md, *.png and claims.md there
+"""
+
+import importlib
+from pathlib import Path
+
+import click
+from cells import SCALES, as_markdown, write_report
+
+from common.cli import run_command
+
+NAMES = "losses_compared", "supcon_against_cross_entropy"
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.argument("folder", type=click.Path(exists=True, path_type=Path), default="results/experiments")
+def main(folder):
+    """Write the tables and pictures of the results in FOLDER (needs matplotlib)."""
+    claims = []
+    for name in NAMES:
+        experiment = importlib.import_module(name).EXPERIMENT
+        for scale in SCALES:
+            if (folder / f"{name}-{scale}.jsonl").exists():
+                claims += write_report(experiment, scale, folder)
+    table = as_markdown(["claim", "paper", "here", "held?"], claims)
+    (folder / "claims.md").write_text(table + "\n")
+    click.echo(table)
+
+
+if __name__ == "__main__":
+    run_command(main)

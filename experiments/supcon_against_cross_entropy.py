@@ -1,0 +1,88 @@
+"""Does SupCon reach cross-entropy at equal compute, and what does it take?
+
+    python experiments/supcon_against_cross_entropy.py --scale cpu
+
+Settings are searched one at a time, on a tenth of the training images that was left out. The best ones of each loss are
+trained again with all of them, at the compute of the search and at four times as much, and tested once.
+"""
+
+from cells import COLOURS, Cell, Experiment, compared, main_of, spread, top1, trained, values
+
+from common.cli import run_command
+
+SEARCHED = {  # of SupCon, one setting changed at a time
+    "as it is": {},
+    "1 view": {"views": 1},
+    "3 views": {"views": 3},
+    "lr x 0.5": {"lr": 0.5},
+    "lr x 2": {"lr": 2},
+    "lr x 4": {"lr": 4},
+    "tau 0.05": {"words": "--tau 0.05"},
+    "tau 0.2": {"words": "--tau 0.2"},
+    "tau 0.5": {"words": "--tau 0.5"},
+    "batch x 0.5, lr x 0.5": {"batch": 0.5, "lr": 0.5},
+    "batch x 2, lr x 2": {"batch": 2, "lr": 2},
+    "head 128": {"words": "--projection 128"},
+    "no warm-up": {"words": "--warmup 0"},
+    "queue 4096": {"words": "--queue 4096"},
+    "one positive": {"words": "--denominator one_positive"},
+}
+RATES = 0.25, 0.5, 1, 2  # of cross-entropy, in parts of SupCon's
+BEST = {"SupCon": ("supcon", {}), "cross-entropy": ("ce", {"views": 1, "lr": 0.5})}  # what the search found
+
+
+def cells(scale):
+    search = {f"SupCon, {name}": trained(scale, "supcon", **more) for name, more in SEARCHED.items()}
+    search |= {f"cross-entropy, lr x {lr:g}": trained(scale, "ce", views=1, lr=lr) for lr in RATES}
+    found = {f"search: {name}": Cell(f"{words} --subset 0.9", "--validate", seeds=1) for name, words in search.items()}
+    for times in (1, 4):
+        for name, (loss, more) in BEST.items():
+            found[f"{name}, {times} x"] = Cell(trained(scale, loss, times=times, **more))
+    return found
+
+
+def searched(found):
+    return {name.removeprefix("search: "): r for name, r in found.items() if name.startswith("search")}
+
+
+def tested(found):
+    return {name: r for name, r in found.items() if not name.startswith("search")}
+
+
+def table(found):
+    rows = [[name, "test set", spread(r), spread(r, "knn"), len(r)] for name, r in tested(found).items()]
+    best_first = sorted(searched(found).items(), key=lambda cell: -top1(cell[1]))
+    rows += [[name, "left-out tenth", spread(r), spread(r, "knn"), len(r)] for name, r in best_first]
+    return ["setting", "tested on", "probe top-1 %", "k-NN top-1 %", "seeds"], rows
+
+
+def draw(plt, found):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5), layout="constrained", width_ratios=(3, 2))
+    found_by_search = sorted(searched(found).items(), key=lambda cell: top1(cell[1]))
+    for row, (name, results) in enumerate(found_by_search):
+        left.plot(values(results, "top1"), [row] * len(results), "o", color=COLOURS["cross" in name])
+    left.set_yticks(range(len(found_by_search)), [name for name, _ in found_by_search])
+    left.set(xlabel="top-1 on the left-out tenth, %", title="one setting changed at a time")
+    left.grid(axis="x", alpha=0.3)
+    for k, name in enumerate(BEST):
+        points = [(times, found[f"{name}, {times} x"]) for times in (1, 4) if f"{name}, {times} x" in found]
+        right.errorbar([x for x, _ in points], [top1(r) for _, r in points], marker="o", capsize=3, label=name,
+                       color=COLOURS[k], yerr=[max(values(r, "top1")) - min(values(r, "top1")) for _, r in points])
+    right.set_xticks([1, 4], ["1 x", "4 x"])
+    right.set(xlabel="views encoded, in units of the search", ylabel="top-1 on the test set, %", title="all images")
+    right.legend()
+    return figure
+
+
+def claims(found):
+    paper = "ResNet-50, CIFAR-10: 96.0 against 95.0 %"
+    return [claim for times in (1, 4) for claim in
+            compared(f"SupCon is above cross-entropy, searched settings, {times} x", paper, found,
+                     f"SupCon, {times} x", f"cross-entropy, {times} x")]
+
+
+EXPERIMENT = Experiment("supcon_against_cross_entropy", "SupCon against cross-entropy at equal compute", cells, table,
+                        draw, claims)
+
+if __name__ == "__main__":
+    run_command(main_of(EXPERIMENT))
