@@ -5,11 +5,12 @@
     python linear_probe.py runs/cifar10-resnet50-supcon-s0 --dataset cifar100                   # transfer
     python linear_probe.py runs/cifar10-resnet50-supcon-s0 --subset 0.1 --figure                # few labels; pictures
 
-Features of un-augmented images are extracted once. A grid of learning rates and weight decays is fitted to nine tenths
-of the training images, all cells together as one linear layer. The cell that is best on the other tenth is fitted
-again, to all of them, and meets the test images once, at its last epoch. Beside the checkpoint this leaves probe.json
-and classifier.pt; another data set, a subset, a limit or a recipe is part of their names. load_classifier, in
-common/frozen.py, makes one module of a classifier.pt.
+Features of un-augmented images are extracted once. A logistic regression is fitted to nine tenths of the training
+images for each of some weight decays. The one that is best on the other tenth is fitted again, to all of them, and
+meets the test images once. The papers' probes are trained by SGD instead, as --recipe, --augment or any option of SGD
+asks: the grid is then one of learning rates and weight decays, fitted together as one linear layer. Beside the
+checkpoint this leaves probe.json and classifier.pt; another data set, a subset, a limit or a recipe is part of their
+names. load_classifier, in common/frozen.py, makes one module of a classifier.pt.
 """
 
 import os
@@ -33,24 +34,34 @@ from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, l
 from common.frozen import write_json
 from common.metrics import best_temperature, confusion, knn_top1, per_class, reliability, topk, worst_confusions
 from common.models import build_encoder
-from common.optim import learning_rate, make_optimizer
+from common.optim import learning_rate, logistic_regression, make_optimizer
 from common.presets import PRESETS, as_option
 from common.ranks import choose_device
 from common.run_folder import suffix
 
-LRS = 0.01, 0.03, 0.1, 0.3, 1.0  # the grid, on standardised features
+LRS = 0.01, 0.03, 0.1, 0.3, 1.0  # SGD's grid, on standardised features
 DECAYS = 0.0, 1e-4, 1e-3, 1e-2
+OF_SGD = {"epochs", "batch", "lr", "lr_per_256", "momentum", "nesterov", "schedule", "warmup"}
 HELD_OUT = 0.1
 
 # ---------------------------------------------------------------- the linear classifier
 
 
 def fit_cells(features_of, labels, num_classes, cells, fit):
-    """Linear classifiers of r, one for each (learning rate, weight decay) of `cells`, trained together as one layer.
+    """Linear classifiers of r, one for each (learning rate, weight decay) of `cells`: weights (K, C, D), biases (K, C).
 
-    features_of(epoch) gives r (n, D); fit holds the epochs, batch, optimizer, schedule and so on that all cells share.
-    Returns weights (K, C, D) and biases (K, C).
+    features_of(epoch) gives r (n, D); fit holds the optimizer and whatever else all cells share.
     """
+    if fit.optimizer != "lbfgs":
+        return train_cells(features_of, labels, num_classes, cells, fit)
+    r = features_of(0)
+    fitted = [logistic_regression(r, labels, num_classes, decay, fit.label_smoothing) for _, decay in cells]
+    weights, biases = zip(*fitted)
+    return torch.stack(weights), torch.stack(biases)
+
+
+def train_cells(features_of, labels, num_classes, cells, fit):
+    """As fit_cells, by SGD, LARS or RMSProp: all cells are trained together, as one layer."""
     r, K = features_of(0), len(cells)
     n, D = r.shape
     weights = [nn.Parameter(r.new_zeros(num_classes, D)) for _ in cells]
@@ -111,8 +122,7 @@ def probe(r, labels, num_classes, cells, fit, augmented=None):
 
     weights, biases = fit_cells(features_of, labels, num_classes, [cell], fit)
     if not (weights.isfinite().all() and biases.isfinite().all()):
-        raise Refused(f"the probe did not stay finite at a learning rate of {cell[0]:g}: lower --lr or lengthen "
-            f"--warmup")
+        raise Refused(f"the probe did not stay finite at a learning rate of {cell[0]}: lower --lr or lengthen --warmup")
     weight = weights[0] / spread
     return Probe(as_linear(weight, biases[0] - (weight * centre).sum(1)), temperature, cell, held_out_top1, grid)
 
@@ -283,11 +293,12 @@ def measure(job, found, features, seed):
 
 def report(result, loss):
     """Prints what probe.json holds."""
+    rate = "" if result["lr"] is None else f"lr {result['lr']:g}, "
     say(f"{result['dataset']}, linear probe on {loss} features: top-1 {result['top1']:.2f} %  top-5 "
         f"{result['top5']:.2f} %  "
-        f"k-NN {result['knn_top1']:.2f} %  (lr {result['lr']:g}, weight decay {result['weight_decay']:g})")
+        f"k-NN {result['knn_top1']:.2f} %  ({rate}weight decay {result['weight_decay']:g})")
     if result["held_out_top1"] is None:
-        say("no class has two images: nothing to choose with, so the first learning rate and weight decay are taken",
+        say("no class has two images: nothing to choose with, so the first cell of the grid is taken",
             err=True)
     say(f"calibration error {result['ece']:.4f}, after temperature {result['temperature']:.3f} "
         f"{result['ece_after_temperature']:.4f}; alignment {result['alignment']:.3f}, "
@@ -299,10 +310,17 @@ def report(result, loss):
 # ---------------------------------------------------------------- the command line
 
 
-def complete_fit(recipe, options, given):
+def complete_fit(recipe, augment, options, given):
     """(what all cells of the grid share, the cells), with a preset's numbers where no option is given."""
     options = dict(options)
     refuse_two_rates(given)
+    own = given & OF_SGD
+    if options["optimizer"] is None:
+        options["optimizer"] = "sgd" if recipe or augment or own else "lbfgs"
+    elif options["optimizer"] == "lbfgs" and (recipe or augment or own):
+        names = [*("--" + name.replace("_", "-") for name in sorted(own)), *(["--augment"] if augment else []),
+                 *(["--recipe"] if recipe else [])]
+        raise Refused(f"--optimizer lbfgs has no {names[0]}: leave one out")
     if recipe:
         preset = {"nesterov": False, "standardize": False, "warmup": 0.0} | PRESETS[recipe].probe
         bound = {"lr", "lr_per_256"} if {"lr", "lr_per_256"} & given else set()
@@ -318,6 +336,7 @@ def complete_fit(recipe, options, given):
             raise Refused(f"--warmup {options['warmup']} must be shorter than --epochs {options['epochs']}")
         options["warmup"] = 0.0
     lrs, decays, per_256 = (options.pop(k) for k in ("lr", "weight_decay", "lr_per_256"))
+    lrs = (None,) if options["optimizer"] == "lbfgs" else lrs
     lrs = (per_256 * options["batch"] / 256,) if per_256 else lrs
     return SimpleNamespace(**options, lr=1.0, warmup_from=0.0), [(lr, decay) for lr in lrs for decay in decays]
 
@@ -338,13 +357,15 @@ def complete_fit(recipe, options, given):
 @click.option("--augment", is_flag=True, help="Fit to crops and flips, encoded anew in every epoch, as the papers do.")
 @click.option("--standardize/--no-standardize", default=True, help="Bring every feature to mean 0 and deviation 1.")
 @click.option("--l2-normalize", is_flag=True, help="Bring r to norm 1 first.")
-@click.option("--epochs", type=click.IntRange(min=1), default=100, help="Passes over the features.")
+@click.option("--epochs", type=click.IntRange(min=1), default=100, help="SGD's passes over the features.")
 @click.option("--batch", type=click.IntRange(min=1), default=512, help="Images in a step.")
 @click.option("--lr", type=POSITIVE, multiple=True, default=LRS, help="Peak learning rate; several make a grid.")
 @click.option("--lr-per-256", type=POSITIVE, help="Peak learning rate per 256 images of the batch, instead of --lr.")
 @click.option("--weight-decay", type=NOT_NEGATIVE, multiple=True, default=DECAYS,
               help="On the classifier; several make a grid.")
-@click.option("--optimizer", type=click.Choice(["sgd", "lars", "rmsprop"]), default="sgd", help="Of all cells.")
+@click.option("--optimizer", type=click.Choice(["lbfgs", "sgd", "lars", "rmsprop"]),
+              show_default="lbfgs; sgd with --augment, --recipe or an option of SGD",
+              help="lbfgs is logistic regression, fitted to its end, without --lr, --epochs and so on.")
 @click.option("--momentum", type=BELOW_1, default=0.9, help="The optimiser's.")
 @click.option("--nesterov/--no-nesterov", default=True, help="Nesterov's momentum, of SGD.")
 @click.option("--schedule", type=click.Choice(["cosine", "step", "exponential", "constant"]), default="cosine",
@@ -361,7 +382,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
          with_baselines, figure, device, **options):
     """Fit a linear classifier to the frozen features of CHECKPOINT, a ckpt.pt or its folder, and test it."""
     given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
-    fit, cells = complete_fit(recipe, options, given)
+    fit, cells = complete_fit(recipe, augment, options, given)
     if figure:
         pyplot()  # said now, not after the fit
     device = choose_device(device)

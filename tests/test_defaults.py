@@ -128,15 +128,33 @@ def probe_of(*arguments):
         "label_smoothing",
         "seed",
     )
-    return linear_probe.complete_fit(context.params["recipe"], {k: context.params[k] for k in names}, given)
+    options = {k: context.params[k] for k in names}
+    return linear_probe.complete_fit(context.params["recipe"], context.params["augment"], options, given)
 
 
 def holds(fit, **options):
     return {name: getattr(fit, name) for name in options} == options
 
 
-def test_a_probe_is_a_grid_of_twenty_cells_of_a_standardised_linear_layer():
+def test_a_probe_is_a_logistic_regression_with_four_weight_decays():
     fit, cells = probe_of()
+    assert cells == [(None, decay) for decay in (0, 1e-4, 1e-3, 1e-2)]
+    assert holds(fit, optimizer="lbfgs", standardize=True, label_smoothing=0)
+
+
+@pytest.mark.parametrize(
+    "words", [["--lr", "1"], ["--epochs", "9"], ["--augment"], ["--recipe", "cifar10-supcon"], ["--optimizer", "lars"]]
+)
+def test_what_is_sgds_alone_asks_for_it(words):
+    fit, cells = probe_of(*words)
+    assert fit.optimizer == ("lars" if "lars" in words else "sgd") and all(lr for lr, _ in cells)
+    if words[0] != "--optimizer":
+        with pytest.raises(common.cli.Refused, match=f"--optimizer lbfgs has no {words[0]}: leave one out"):
+            probe_of(*words, "--optimizer", "lbfgs")
+
+
+def test_a_probe_by_sgd_is_a_grid_of_twenty_cells_of_a_standardised_linear_layer():
+    fit, cells = probe_of("--optimizer", "sgd")
     assert cells == [(lr, decay) for lr in (0.01, 0.03, 0.1, 0.3, 1.0) for decay in (0, 1e-4, 1e-3, 1e-2)]
     assert holds(
         fit,

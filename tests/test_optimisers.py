@@ -1,10 +1,12 @@
-"""Learning-rate schedules by hand; LARS and RMSProp against the oracle."""
+"""Learning-rate schedules by hand; LARS and RMSProp against the oracle; logistic regression."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -182,3 +184,25 @@ def test_a_step_keeps_the_rate_that_it_was_taken_with(make):
     assert (first < 0).all()
     torch.testing.assert_close(second, 0.9 * first, rtol=1e-3, atol=0)
     torch.testing.assert_close(third, 0.9 * second, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("decay", [1e-4, 1e-2])
+def test_logistic_regression_ends_at_its_minimum_where_features_are_nearly_dependent(decay, smoothing):
+    """At the minimum of a convex function the gradient is zero. One direction of r is a thousandth of the others."""
+    g = torch.Generator().manual_seed(5)
+    r = torch.randn(300, 8, generator=g)
+    r[:, 7] = r[:, 0] + 1e-3 * torch.randn(300, generator=g)
+    labels = (r[:, 7] - r[:, 0] + 0.001 * torch.randn(300, generator=g) > 0).long() + (r[:, 1] > 0)
+    weight, bias = common.optim.logistic_regression(r, labels, 3, decay, smoothing)
+    weight, bias = (v.double().requires_grad_() for v in (weight, bias))
+    loss = F.cross_entropy(r.double() @ weight.T + bias, labels, label_smoothing=smoothing)
+    gradients = torch.autograd.grad(loss + decay / 2 * weight.square().sum(), (weight, bias))
+    assert max(gradient.abs().max() for gradient in gradients) < 1e-4
+    assert loss < 0.9 * math.log(3)
+
+
+def test_logistic_regression_of_separable_features_ends():
+    r = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(5, 1)
+    weight, bias = common.optim.logistic_regression(r, torch.tensor([0, 1]).repeat(5), 2, 0.0)
+    assert weight.isfinite().all() and (r @ weight.T + bias).argmax(1).tolist() == [0, 1] * 5

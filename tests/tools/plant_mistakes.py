@@ -380,6 +380,10 @@ MISTAKES = {
          "Objective(triplet, margin=0.2)", "Objective(triplet, margin=0.2, lr=0.1)", "published defaults"),
     ],
     "common/optim.py": [
+        ("logistic regression: the decay of V", "(V @ whiten).square()", "V.square()", "optimisers"),
+        ("logistic regression without its whitening's inverse",
+         "return (V @ whiten).detach()", "return V.detach()", "optimisers"),
+        ("logistic regression stops after three steps", "ITERATIONS = 100", "ITERATIONS = 3", "optimisers"),
         ("cosine to 0",
          "1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * t)) / 2", "(1 + math.cos(math.pi * t)) / 2", "optimisers"),
         ("half a period of the cosine", "math.cos(math.pi * t)", "math.cos(math.pi * t / 2)", "optimisers"),
