@@ -52,16 +52,16 @@ class Made:
 
     kind, names = "made", MADE
 
-    def __init__(self, test, seed):
+    def __init__(self, test, seed, as_files):
         if test.images.shape[-1] < 9:
             raise Refused(f"images of {test.images.shape[-1]} pixels are too small to blur: probe a run of --size 9 "
                 f"or more")
-        self.images, self.labels, self.seed = test.images, test.labels, seed
+        self.images, self.labels, self.seed, self.as_files = test.images, test.labels, seed, as_files
 
     def batches(self, name, severity):
         for k, rows in enumerate(torch.arange(len(self.images)).split(500)):
             g = generator(self.seed, 9, NAMES.index(name), severity, k)
-            yield corrupt(self.images[rows], name, severity, g), self.labels[rows]
+            yield corrupt(self.images[rows], name, severity, g, self.as_files), self.labels[rows]
 
 
 class Cifar10C:
@@ -234,7 +234,7 @@ class Job(NamedTuple):
     about: dict  # what tells this test from another one
 
 
-def prepare(path, corrupted, baseline, data, download, limit, workers, seed, device):
+def prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_files, device):
     """The Job that the options describe. Raises Refused for what cannot be tested."""
     paths = [p / "classifier.pt" if p.is_dir() else p for p in (path, baseline) if p]
     classifiers = [load_classifier(p, device) for p in paths]
@@ -259,11 +259,12 @@ def prepare(path, corrupted, baseline, data, download, limit, workers, seed, dev
         "classifiers": [fingerprint(c) for c in classifiers],
         "data": str(Path(data).resolve()),
         "seed": seed,
+        "as_files": as_files,
         "limit": limit,
         "torch": torch.__version__,
         "corrupted": corrupted and [[str(p.resolve()), p.stat().st_mtime] for p in sorted(corrupted.iterdir())],
     }
-    return Job(paths, classifiers, source or Made(test, seed), test, report, about)
+    return Job(paths, classifiers, source or Made(test, seed, as_files), test, report, about)
 
 
 def measure_clean(job):
@@ -342,18 +343,20 @@ def report(result):
 @click.option("--limit", type=click.IntRange(min=1), show_default="all", help="The first N images of every set.")
 @click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read ImageNet-C.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the noises made here.")
+@click.option("--as-files/--not-as-files", default=True,
+              help="Send what is made of images above 64 pixels through JPEG files, as ImageNet-C's are.")
 @click.option("--figure", is_flag=True, help="Draw error and calibration as PNG (needs matplotlib).")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
-def main(path, corrupted, baseline, data, download, limit, workers, seed, figure, device):
+def main(path, corrupted, baseline, data, download, limit, workers, seed, as_files, figure, device):
     """Test CLASSIFIER (a classifier.pt of linear_probe.py) on corrupted images."""
     if figure:
         pyplot()  # said now, not after minutes
-    job = prepare(path, corrupted, baseline, data, download, limit, workers, seed, choose_device(device))
+    job = prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_files, choose_device(device))
     clean, start = measure_clean(job), time.perf_counter()
     errors, ece = measure_corrupted(job, clean)
     kind = job.source.kind
     result = {"classifier": str(job.paths[0]), "kind": kind, "images": len(job.test.labels), "seed": seed,
-              "torch": torch.__version__, "seconds": round(time.perf_counter() - start, 1)}
+              "as_files": as_files, "torch": torch.__version__, "seconds": round(time.perf_counter() - start, 1)}
     result |= summary(kind, clean[0], errors[0], ece[0])
     if baseline:
         result["baseline"] = {"classifier": str(job.paths[1])} | summary(kind, clean[1], errors[1], ece[1])

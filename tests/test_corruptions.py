@@ -67,15 +67,46 @@ def test_elastic_displacements_are_measured_in_the_benchmarks_244_pixels(monkeyp
     assert sigmas == pytest.approx([0.05 * 244, 0.05 * 32])
 
 
-def test_zooms_are_as_many_as_the_benchmarks_float_ranges_have():
-    small = [len(np.arange(1, end, 0.01)) for end in (1.06, 1.11, 1.16, 1.21, 1.26)]
-    large = [
-        len(np.arange(1, end, step))
-        for end, step in ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
-    ]
-    assert [count for count, _ in common.corruptions.SMALL["zoom_blur"]] == small and [
-        count for count, _ in common.corruptions.LARGE["zoom_blur"]
-    ] == large
+def zoom_blurred(image, zooms):
+    """The benchmark's zoom blur of (H, H, 3), pixel by pixel: the mean of the image and of its enlarged middles."""
+    H, total = len(image), image.copy()
+    for zoom in zooms:
+        part = int(np.ceil(H / zoom))
+        top = (H - part) // 2
+        size = round(part * zoom)
+        places = np.arange(size) * (part - 1) / (size - 1)  # linear, from the first pixel to the last one
+        below = np.minimum(places.astype(int), part - 2)
+        share = (places - below)[:, None]
+        middle = image[top : top + part, top : top + part]
+        rows = middle[below] * (1 - share[:, None]) + middle[below + 1] * share[:, None]
+        enlarged = rows[:, below] * (1 - share) + rows[:, below + 1] * share
+        trim = (size - H) // 2
+        total += enlarged[trim : trim + H, trim : trim + H]
+    return total / (len(zooms) + 1)
+
+
+@pytest.mark.parametrize("size, severity", [(32, 1), (32, 5), (64, 5), (34, 5), (80, 3), (88, 5), (96, 2)])
+def test_zooms_are_those_of_the_benchmarks_float_ranges(size, severity):
+    """np.arange(1, 1.26, 0.01)[25] is 1.2500000000000002, so that 26 rows become 33 and not 32."""
+    small = [np.arange(1, end, 0.01) for end in (1.06, 1.11, 1.16, 1.21, 1.26)]
+    ends_and_steps = (1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)
+    large = [np.arange(1, end, step) for end, step in ends_and_steps]
+    zooms = (small if size <= 64 else large)[severity - 1]
+    x = pictures(2, size)
+    made = common.corruptions.corrupt(x, "zoom_blur", severity, None, as_files=False)
+    for image, ours in zip(x, made):
+        theirs = zoom_blurred(image.permute(1, 2, 0).double().numpy() / 255, zooms)
+        assert np.abs(255 * theirs - ours.permute(1, 2, 0).numpy()).max() < 1.01  # ours is cut off to whole numbers
+
+
+def test_images_above_64_pixels_pass_through_a_jpeg_file_of_quality_85():
+    for size, passes in ((64, False), (80, True)):
+        x = pictures(3, size)
+        g = lambda: common.data.generator(0, 1)
+        made = common.corruptions.corrupt(x, "gaussian_noise", 3, g())
+        plain = common.corruptions.corrupt(x, "gaussian_noise", 3, g(), as_files=False)
+        assert torch.equal(made, plain) != passes
+        assert torch.equal(made, common.corruptions.jpeg_compression(plain, 85)) == passes
 
 
 def test_noises_have_their_variances():

@@ -125,11 +125,11 @@ def test_an_interrupted_test_goes_on_where_it_was(probed, tmp_path, monkeypatch,
     whole = robustness.main(arguments, standalone_mode=False)
     corrupt, calls = robustness.corrupt, []
 
-    def counted(images, name, severity, g):
+    def counted(images, name, severity, g, as_files):
         calls.append(name)
         if len(calls) == 24:  # of severity 4 of the fifth corruption
             raise MemoryError
-        return corrupt(images, name, severity, g)
+        return corrupt(images, name, severity, g, as_files)
 
     monkeypatch.setattr(robustness, "corrupt", counted)
     with pytest.raises(MemoryError):

@@ -236,6 +236,8 @@ MISTAKES = {
          "require(len(data.labels) == images,", "require(len(data.labels) <= images,", "defaults"),
     ],
     "common/corruptions.py": [
+        ("zooms that are not arange's", "1 + k * ((1 + step) - 1)", "1 + k * step", "corruptions"),
+        ("no JPEG files above 64 pixels", "if as_files and not is_small", "if False", "corruptions"),
         ("severities from 0", "[name][severity - 1]", "[name][severity % 5]", "corruptions"),
         ("rounded, not cut off",
          "(x.clamp(0, 1) * 255).to(torch.uint8)", "(x.clamp(0, 1) * 255).round().to(torch.uint8)", "corruptions"),
@@ -252,8 +254,8 @@ MISTAKES = {
         ("pixelated by the default filter", '{"interpolation": InterpolationMode.BOX}', "{}", "corruptions"),
         ("ImageNet-C's displacements at 224 pixels", "H * 244 / 224", "H", "corruptions"),
         ("64 pixels are large",
-         "images.shape[-1] <= PIXELS_OF_SMALL else LARGE",
-         "images.shape[-1] < PIXELS_OF_SMALL else LARGE", "corruptions"),
+         "is_small = images.shape[-1] <= PIXELS_OF_SMALL",
+         "is_small = images.shape[-1] < PIXELS_OF_SMALL", "corruptions"),
     ],
     "common/data.py": [
         ("keys of one sum share a stream", "np.random.SeedSequence(key)", "np.random.SeedSequence(sum(key))", "moves"),
