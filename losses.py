@@ -11,7 +11,13 @@ as "B"). n images with V views make N = nV rows z_i of D numbers, view 0 of ever
 
     s_ij = z_i . z_j      A(i) = all rows but i      P(i) = rows of A(i) with the label of i      N(i) = the rest
 
-L_out is a cross-entropy: between the target 1/|P(i)| on P(i) and the softmax of s_ia/tau over A(i).
+L_out is a cross-entropy: between the target T_ip = 1/|P(i)| on P(i) and the softmax P_ia of s_ia/tau over A(i). So
+
+    dL_i/dz_i = 1/tau sum_{a in A(i)} (P_ia - T_ia) z_a = 1/tau (sum_{a in A(i)} P_ia z_a - mean_{p in P(i)} z_p),
+
+and row z_i, a contrast of every other anchor j, receives dL_j/dz_i = 1/tau (P_ji - T_ji) z_j from each of them too.
+For L_in T_ip is X_ip, the softmax of s_ip/tau over P(i) alone (A eq. 5).
+
 A loss is the mean over the anchors i that have a positive; the others are left out of mean and gradient alike, and a
 batch without any gives 0. Nothing is scaled by a hidden factor and nothing is normalised: the functions are the
 equations. reduction="none" returns one value per row, 0 for a row that is left out.
@@ -21,8 +27,6 @@ float16 that underflows for large N: use a gradient scaler). tau may be a tensor
 class probabilities get none. What is made of scores has no second derivative: create_graph=True raises RuntimeError.
 Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
 """
-import contextlib
-import functools
 import math
 import threading
 
@@ -89,13 +93,17 @@ def _from_scores(variant, s, w, denominator="all"):
         log_N = s.masked_fill(~n, ABSENT).logsumexp(1, keepdim=True)  # log sum_{a in N(i)} exp(s_ia/tau)
         log_P = s - (log_N if denominator == "negatives" else torch.logaddexp(s, log_N))
         w = w & n.any(1, keepdim=True) if denominator == "negatives" else w
+    labels = w.dtype == torch.bool
     w = w.to(s.dtype)
     total = w.sum(1)  # |P(i)|
     valid = total != 0
+    total = total.where(valid, 1)
     if variant == "out":
-        return (w * log_P).sum(1) / -total.where(valid, 1), valid  # A eq. 2, and A eq. 1 where |P(i)| = 1
-    log_sum_P = (log_P + w.log()).where(w != 0, ABSENT).logsumexp(1)  # its gradient weighs p by X_ip, A eq. 5
-    return (total.log() - log_sum_P).where(valid, 0), valid  # A eq. 3
+        return (w * log_P).sum(1) / -total, valid  # A eq. 2, and A eq. 1 where |P(i)| = 1
+    p = w.bool()
+    log_P = log_P if labels else log_P + w.where(p, 1).log()
+    log_X = log_P.where(p, ABSENT).log_softmax(1)  # X_ip of A eq. 5; log P_ip - log X_ip = log sum_P P_ip, for every p
+    return (w * (log_P - log_X)).sum(1) / -total + total.log(), valid  # A eq. 3
 
 class SupConLoss(nn.Module):
     """Drop-in for the reference PyTorch code's SupConLoss: same arguments, same value on unit rows.
@@ -162,8 +170,8 @@ def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0):
     a = _divide_by_root_tau(a, tau)
     b = None if b is None else _divide_by_root_tau(b, tau).to(a.dtype)
     y_b = y_a if b is None else y_b
-    if y_a.ndim == 2:
-        y_a, y_b = y_a.detach().to(a.dtype), y_b.detach().to(a.dtype)
+    if y_a.ndim == 2:  # copied: a memory may move on before the backward
+        y_a, y_b = (y.detach().to(a.dtype, copy=True) for y in (y_a, y_b))
     if len(y_a) * len(y_b) > MATRIX**2:
         return _from_strips(variant, a, b, y_a, y_b, own)
     return _from_scores(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0))
@@ -327,7 +335,6 @@ def _sum_over_ranks(x):
     if _world_size() == 1:
         return x
     from torch.distributed.nn.functional import all_reduce  # which not every build of torch has
-
     return all_reduce(x, group=dist.group.WORLD)
 
 # ---------------------------------------------------------------- sets, checks, means
@@ -373,9 +380,9 @@ def _reduce(loss, valid, reduction):
 def _check(z, y=None, views=1, soft=False):
     _require(z.ndim == 2, "z must be (N, D), got {}", z)
     if y is not None:
-        fits = isinstance(y, Tensor) and y.ndim in (1, 1 + soft) and len(y) == len(z) and y.shape[1:] != (1,)
-        got = y if isinstance(y, Tensor) else type(y).__name__
-        _require(fits, "y must be a tensor with one label for each row of z {}, got {}", z, got)
+        _require(isinstance(y, Tensor), "y must be a tensor, got a {}", type(y).__name__)
+        fits = y.ndim in (1, 1 + soft) and len(y) == len(z) and y.shape[1:] != (1,)
+        _require(fits, "y must hold one label for each row of z {}, got {}", z, y)
     _require(views > 0 and len(z) % views == 0, "the rows of z {} must be a multiple of views >= 1, got {}", z, views)
 
 def _check_contrast(z, y, contrast, y_contrast):
@@ -419,38 +426,40 @@ def _divide_by_root_tau(z, tau):
 def _widen(z):
     return z if z.dtype in (torch.float32, torch.float64) else z.float()
 
-SWITCH = threading.Lock()
-FOUND = {}  # of a backend, the precisions that the threads inside _ieee found: the first is the user's
-
-@contextlib.contextmanager
-def _ieee(backend):
+class _Ieee:
     """While a thread is inside, a backend's float32 products are exact, without TF32 and bfloat16. That is one switch
     for the whole process: the first thread in turns it, the last one out turns it back."""
-    with SWITCH:
-        found = FOUND.setdefault(backend, [])
-        found.append(backend.fp32_precision)
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        with SWITCH:
-            before = found.pop()
-            if not found:
-                backend.fp32_precision = "none"  # what it inherits, which may have been its value
-                if backend.fp32_precision != before:
-                    backend.fp32_precision = before
+
+    def __init__(self, backend):
+        self.backend, self.lock = backend, threading.Lock()
+        self.found = []  # by each thread that is inside: the user's precision by the first, "ieee" by the others
+
+    def __enter__(self):
+        with self.lock:
+            self.found.append(self.backend.fp32_precision)
+            if self.found[-1] not in ("ieee", "none"):
+                self.backend.fp32_precision = "ieee"
+
+    def __exit__(self, *error):
+        with self.lock:
+            found = self.found.pop()  # so the user's is left for the last one out
+            if found not in ("ieee", "none"):
+                self.backend.fp32_precision = "none"  # what it inherits, which may have been its value
+                if self.backend.fp32_precision != found:
+                    self.backend.fp32_precision = found
+
+IEEE = {True: _Ieee(torch.backends.cuda.matmul), False: _Ieee(torch.backends.mkldnn.matmul)}  # on a GPU, elsewhere
 
 def _exact_op(fake):
     """Runs a function of tensors in full precision, without autocast, whatever the surroundings say, and without a
     derivative. In a compiled graph, where a loop would unroll, it is one node whose results' shapes `fake` makes."""
 
     def wrap(f):
-        @functools.wraps(f)
         def exact(*args):
             if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
                 raise RuntimeError("the losses have no second derivative: differentiate them without create_graph=True")
             device = args[0].device.type
-            with _ieee((torch.backends.cuda if device == "cuda" else torch.backends.mkldnn).matmul):
+            with IEEE[device == "cuda"]:
                 if not torch.is_autocast_enabled(device):
                     return f(*args)
                 with torch.autocast(device, enabled=False):
@@ -458,7 +467,8 @@ def _exact_op(fake):
 
         name = f"supcon_{__name__.replace('.', '_')}::{f.__name__}"  # another copy of this file has ops of its own
         unsafe = (torch.Tag.cudagraph_unsafe,)  # strips look at the size of the scores
-        op = torch.library.custom_op(name, exact, mutates_args=(), tags=unsafe)
+        schema = torch.library.infer_schema(f, mutates_args=())
+        op = torch.library.custom_op(name, exact, mutates_args=(), schema=schema, tags=unsafe)
         op.register_fake(fake)
         return lambda *args: (op if torch.compiler.is_compiling() else exact)(*args)
 
@@ -477,11 +487,11 @@ class _Scores(torch.autograd.Function):
         return _fill(_product(a, (a if b is None else b).T), own, ABSENT)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, G):  # G_ij = dL/ds_ij
         a, b = ctx.saved_tensors
         if b is None:
-            return _product(g + g.T, a), None, None  # a row is an anchor, and a contrast of the others
-        return _product(g, b), _product(g.T, a) if ctx.needs_input_grad[1] else None, None
+            return _product(G + G.T, a), None, None  # a row is an anchor, and a contrast of the others
+        return _product(G, b), _product(G.T, a) if ctx.needs_input_grad[1] else None, None
 
 # ================================================================ The same values, faster
 #
@@ -505,8 +515,6 @@ def _from_strips(variant, a, b, y_a, y_b, own):
     b = None if b is None else b * math.log(2) ** -0.5
     if y_a.ndim == 1:
         y_a, y_b = _number_classes(torch.cat([y_a, y_b])).split([len(y_a), len(y_b)])
-    else:
-        y_a, y_b = y_a.clone(), y_b.clone()  # a memory may move on before the backward
     log_sum = _LogSumExp.apply(a, b, *((None, None) if variant == "out" else (y_a, y_b)), own)
     rows = a if b is None else b
     sums, weight = _positive_sums(rows if variant == "out" else rows[:, :0], y_a, y_b, own)
@@ -518,18 +526,19 @@ def _from_strips(variant, a, b, y_a, y_b, own):
 @_exact_op(lambda y: y.int())
 def _number_classes(y: Tensor) -> Tensor:
     """Labels as numbers 0, 1, ...; each nan is a class of its own."""
-    return y.unique(return_inverse=True)[1].int()
+    return (y if y.is_floating_point() else y.long()).unique(return_inverse=True)[1].int()
 
 def _positive_sums(rows, y_a, y_b, own):
     """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums of the classes, less the pair (i, own + i)."""
     wide = torch.float32 if rows.device.type == "mps" else torch.float64  # thousands of rows are added up
-    dtype, rows = rows.dtype, F.pad(rows, (0, 1), value=1).to(wide)
+    dtype, rows = rows.dtype, F.pad(rows, (0, 1), value=1)
     if y_a.ndim == 2:
-        y_a, y_b = y_a.to(wide), y_b.to(wide)  # a small overlap of classes is a difference
+        rows, y_a, y_b = rows.to(wide), y_a.to(wide), y_b.to(wide)  # a small overlap of classes is a difference
         sums = _Scores.apply(y_a, _Scores.apply(rows.T, y_b.T, None), None)
     else:
         count = len(y_a) + len(y_b) if torch.compiler.is_compiling() else 1 + int(torch.maximum(y_a.max(), y_b.max()))
-        sums = rows.new_zeros(count, rows.shape[1]).index_add(0, y_b, rows).index_select(0, y_a)
+        of_classes = rows.new_zeros(count, rows.shape[1], dtype=wide).index_add(0, y_b, rows.to(wide))
+        sums = of_classes.index_select(0, y_a).to(dtype)
     if own is not None:
         mine = slice(own, own + len(y_a))
         itself = (y_a * y_b[mine] if y_a.ndim == 2 else (y_a == y_b[mine])[:, None]).sum(1, keepdim=True)
@@ -539,11 +548,12 @@ def _positive_sums(rows, y_a, y_b, own):
     return sums[:, :-1].to(dtype), sums[:, -1].detach().to(dtype)
 
 class _LogSumExp(torch.autograd.Function):
-    """log2 of sum_j 2^s_ij over A(i) and, given classes, of sum_j w_ij 2^s_ij over P(i): (1 or 2, M), -inf for no sum."""
+    """log2 of sum_j 2^s_ij over A(i) and, given y, of sum_j w_ij 2^s_ij over P(i): (1 or 2, M), -inf for no sum."""
 
     @staticmethod
     def forward(ctx, a, b, y_a, y_b, own):
-        keep = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
+        few = len(a) * (len(a) // 2 if b is None else len(b)) <= KEPT
+        keep = few and any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
         log_sum, *kept = _log_sums(a, b, y_a, y_b, own, keep)
         ctx.save_for_backward(a, b, y_a, y_b, log_sum, *kept)
         ctx.own = own
@@ -558,9 +568,8 @@ class _LogSumExp(torch.autograd.Function):
 @_exact_op(lambda a, b, y_a, *rest: [a.new_empty(1 if y_a is None else 2, len(a))])
 def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | None, own: int | None,
               keep: bool) -> list[Tensor]:
-    """[log_sum, and the strips if the backward needs them and they are few]"""
+    """[log_sum, and the strips if the backward is to have them]"""
     small = _are_small(a, b, y_a)
-    keep = keep and len(a) * (len(a) // 2 if b is None else len(b)) <= KEPT
     kept = []
     log_sum = a.new_full((1 if y_a is None else 2, len(a)), -torch.inf)
     for I, J, s in _strips(a, b, own, small, keep):
@@ -582,12 +591,11 @@ def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor 
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
     room_of_G, room = a.new_empty(0), a.new_empty(0)
     for I, J, s in _strips(a, b, own, small, kept=kept):
-        G = room_of_G.resize_(s.shape).zero_()  # dL/ds_ij, and dL/ds_ji if s_ij stands for it
+        G = room_of_G.resize_(s.shape).zero_()  # dL/ds_ij, and dL/ds_ji as well where s_ij stands for both
         for k, part in enumerate(_parts(s, I, J, y_a, y_b, small)):
-            for K in ((I, None), J) if b is None else ((I, None),):
-                if small:
-                    softmax = part
-                else: 
+            for K in ((I, None), J) if b is None else ((I, None),):  # the anchors: rows of s, or columns
+                softmax = part  # if small, up to what is in factor
+                if not small:
                     softmax = torch.sub(part, log_sum[k][K], out=room.resize_(s.shape)).exp2_()
                 G.addcmul_(softmax, factor[k][K])
         grads[0][I].addmm_(G, (a if b is None else b)[J])
@@ -615,12 +623,11 @@ def _strips(a, b, own, small, keep=False, kept=()):
 
 def _are_small(a, b, y_a):
     """Whether |s_ij| < 60 by Cauchy and Schwarz, so that 2^s_ij can be added up without taking a maximum off."""
-    if y_a is not None and y_a.ndim == 2:
-        return False  # a w_ij may be as small as it likes
-    return bool(a.norm(dim=1).amax() * (a if b is None else b).norm(dim=1).amax() < 60)
+    longest = a.norm(dim=1).amax() * (a if b is None else b).norm(dim=1).amax()
+    return (y_a is None or y_a.ndim == 1) and bool(longest < 60)  # a w_ij below 1 may be as small as it likes
 
 def _parts(s, I, J, y_a, y_b, small):
-    """[s over A(i), and given classes s over P(i) with its weights]: what is left out adds nothing to a sum of 2^s."""
+    """[s over A(i), and given y s over P(i) with its weights]: what a part leaves out adds nothing to a sum of 2^s."""
     if y_a is None:
         return [s]
     w = _weights(y_a[I], y_b[J])

@@ -590,11 +590,12 @@ def test_threads_that_overlap_anyhow_lose_no_setting():
             time.sleep(1e-5)
             self.value = value
 
-    backend, seen = Slow(), []
+    backend = Slow()
+    ieee, seen = losses._Ieee(backend), []
 
     def work():
         for _ in range(100):
-            with losses._ieee(backend):
+            with ieee:
                 time.sleep(1e-5)
                 seen.append(backend.value)
             time.sleep(1e-5 * len(seen) % 4e-5)
