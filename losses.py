@@ -616,8 +616,7 @@ def _strips(a, b, own, small, keep=False, kept=()):
         if kept:
             yield I, J, kept[i // rows]
             continue
-        room = a.new_empty(0) if keep else room
-        s = torch.mm(a[I], columns[J].T, out=room.resize_(I.stop - i, J.stop - J.start))
+        s = torch.mm(a[I], columns[J].T, out=None if keep else room.resize_(I.stop - i, J.stop - J.start))
         s = _fill(s, None if own is None else own + i - J.start, -torch.inf)
         yield I, J, s.exp2_() if small else s
 

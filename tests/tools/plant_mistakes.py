@@ -94,7 +94,7 @@ MISTAKES = {
          "kept[i // rows]",
          "kept[-1 - i // rows] if i == 0 and kept[-1].shape == kept[0].shape else kept[0]", "losses theory strips"),
         ("strips: kept strips overwrite one another",
-         "a.new_empty(0) if keep else room\n", "room\n", "losses theory strips"),
+         "out=None if keep else room", "out=room", "losses theory strips"),
         ("strips: kept strips are changed",
          "softmax = part  #", "softmax = part.mul_(2) / 2  #", "losses theory strips"),
         ("strips: no maximum at large scores", "bool(longest < 60)", "bool(longest < 60**9)", "losses theory strips"),
