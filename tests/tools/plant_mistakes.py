@@ -123,7 +123,7 @@ MISTAKES = {
         ("the precision left behind",
          "if self.backend.fp32_precision != found:", "if False:", "losses theory strips"),
         ("tiles: an anchor that is left out weighs",
-         "masked_fill(slope == 0, torch.inf)", "masked_fill(slope == 0, 0)", "losses theory strips"),
+         "masked_fill(slope == 0, torch.inf)", "masked_fill(slope == 0, -torch.inf)", "losses theory strips"),
     ],
     "reference_numpy.py": [
         ("oracle: the anchor is among its contrasts", "if a != i]\ndef _positives", "]\ndef _positives", "reference"),
