@@ -11,7 +11,13 @@ as "B"). n images with V views make N = nV rows z_i of D numbers, view 0 of ever
 
     s_ij = z_i . z_j      A(i) = all rows but i      P(i) = rows of A(i) with the label of i      N(i) = the rest
 
-L_out is a cross-entropy: between the target 1/|P(i)| on P(i) and the softmax of s_ia/tau over A(i).
+L_out is a cross-entropy: between the target T_ip = 1/|P(i)| on P(i) and the softmax P_ia of s_ia/tau over A(i). So
+
+    dL_i/dz_i = 1/tau sum_{a in A(i)} (P_ia - T_ia) z_a = 1/tau (sum_{a in A(i)} P_ia z_a - mean_{p in P(i)} z_p),
+
+and row z_i, a contrast of every other anchor j, receives dL_j/dz_i = 1/tau (P_ji - T_ji) z_j from each of them too.
+For L_in T_ip is X_ip, the softmax of s_ip/tau over P(i) alone (A eq. 5).
+
 A loss is the mean over the anchors i that have a positive; the others are left out of mean and gradient alike, and a
 batch without any gives 0. Nothing is scaled by a hidden factor and nothing is normalised: the functions are the
 equations. reduction="none" returns one value per row, 0 for a row that is left out.
@@ -162,12 +168,10 @@ def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0):
     """As _from_scores, for anchors a against b, or themselves without b. Row own + i of b, if own is given, is i."""
     _check_word("variant", variant, ("out", "in"))
     a = _divide_by_root_tau(a, tau)
-    if b is None:
-        y_b = y_a
-    else:
-        b = _divide_by_root_tau(b, tau).to(a.dtype)
-    if y_a.ndim == 2:
-        y_a, y_b = y_a.detach().to(a.dtype), y_b.detach().to(a.dtype)
+    b = None if b is None else _divide_by_root_tau(b, tau).to(a.dtype)
+    y_b = y_a if b is None else y_b
+    if y_a.ndim == 2:  # copied: a memory may move on before the backward
+        y_a, y_b = (y.detach().to(a.dtype, copy=True) for y in (y_a, y_b))
     if len(y_a) * len(y_b) > MATRIX**2:
         return _from_strips(variant, a, b, y_a, y_b, own)
     return _from_scores(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0))
@@ -303,7 +307,7 @@ def global_mean(values: Tensor, valid: Tensor) -> Tensor:
     fits = valid.shape == values.shape and valid.dtype == torch.bool
     _require(fits, "valid must be boolean {}, got {} {}", values, valid.dtype, valid)
     total = torch.where(valid, _widen(values), 0).sum()
-    return _AllReduce.apply(total) / _AllReduce.apply(valid.sum()).clamp(min=1)
+    return _sum_over_ranks(total) / _sum_over_ranks(valid.sum()).clamp(min=1)
 
 def all_gather_rows(z: Tensor) -> Tensor:
     """The rows (n_r, ...) of every rank r, features or labels, in the order of the ranks, with gradients.
@@ -319,26 +323,19 @@ def _gather(z):
         return z, 0
     z = z if z.is_floating_point() else z.long()  # what every backend can add up
     rank = dist.get_rank()
-    rows = _AllReduce.apply(F.one_hot(torch.tensor(rank, device=z.device), _world_size()) * len(z)).tolist()
+    rows = _sum_over_ranks(F.one_hot(torch.tensor(rank, device=z.device), _world_size()) * len(z)).tolist()
     before, after = sum(rows[:rank]), sum(rows[rank + 1 :])
-    return _AllReduce.apply(F.pad(z, (0, 0) * (z.ndim - 1) + (before, after))), before
+    return _sum_over_ranks(F.pad(z, (0, 0) * (z.ndim - 1) + (before, after))), before
 
 def _world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-class _AllReduce(torch.autograd.Function):
-    """The sum over the ranks; its gradient is the sum of the ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone(memory_format=torch.contiguous_format)  # all_reduce adds up memory, whatever its strides
-        if _world_size() > 1:
-            dist.all_reduce(x)
+def _sum_over_ranks(x):
+    """Its gradient is the sum of the ranks' gradients."""
+    if _world_size() == 1:
         return x
-
-    @staticmethod
-    def backward(ctx, g):
-        return _AllReduce.apply(g)
+    from torch.distributed.nn.functional import all_reduce  # which not every build of torch has
+    return all_reduce(x, group=dist.group.WORLD)
 
 # ---------------------------------------------------------------- sets, checks, means
 
@@ -383,9 +380,9 @@ def _reduce(loss, valid, reduction):
 def _check(z, y=None, views=1, soft=False):
     _require(z.ndim == 2, "z must be (N, D), got {}", z)
     if y is not None:
-        fits = isinstance(y, Tensor) and y.ndim in (1, 1 + soft) and len(y) == len(z) and y.shape[1:] != (1,)
-        got = y if isinstance(y, Tensor) else type(y).__name__
-        _require(fits, "y must be a tensor with one label for each row of z {}, got {}", z, got)
+        _require(isinstance(y, Tensor), "y must be a tensor, got a {}", type(y).__name__)
+        fits = y.ndim in (1, 1 + soft) and len(y) == len(z) and y.shape[1:] != (1,)
+        _require(fits, "y must hold one label for each row of z {}, got {}", z, y)
     _require(views > 0 and len(z) % views == 0, "the rows of z {} must be a multiple of views >= 1, got {}", z, views)
 
 def _check_contrast(z, y, contrast, y_contrast):
@@ -434,50 +431,51 @@ class _Ieee:
     for the whole process: the first thread in turns it, the last one out turns it back."""
 
     def __init__(self, backend):
-        self.backend, self.lock, self.inside, self.found = backend, threading.Lock(), 0, None
+        self.backend, self.lock = backend, threading.Lock()
+        self.found = []  # by each thread that is inside: the user's precision by the first, "ieee" by the others
 
     def __enter__(self):
         with self.lock:
-            if self.inside == 0:
-                self.found = self.backend.fp32_precision
-                if self.found not in ("ieee", "none"):
-                    self.backend.fp32_precision = "ieee"
-            self.inside += 1
+            self.found.append(self.backend.fp32_precision)
+            if self.found[-1] not in ("ieee", "none"):
+                self.backend.fp32_precision = "ieee"
 
     def __exit__(self, *error):
         with self.lock:
-            self.inside -= 1
-            if self.inside == 0 and self.found not in ("ieee", "none"):
+            found = self.found.pop()  # so the user's is left for the last one out
+            if found not in ("ieee", "none"):
                 self.backend.fp32_precision = "none"  # what it inherits, which may have been its value
-                if self.backend.fp32_precision != self.found:
-                    self.backend.fp32_precision = self.found
+                if self.backend.fp32_precision != found:
+                    self.backend.fp32_precision = found
 
 IEEE = {True: _Ieee(torch.backends.cuda.matmul), False: _Ieee(torch.backends.mkldnn.matmul)}  # on a GPU, elsewhere
 
-def _exact_op(schema, fake):
+def _exact_op(fake):
     """Runs a function of tensors in full precision, without autocast, whatever the surroundings say, and without a
     derivative. In a compiled graph, where a loop would unroll, it is one node whose results' shapes `fake` makes."""
 
     def wrap(f):
-        def exact(a, *rest):
-            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (a, *rest)):
+        def exact(*args):
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
                 raise RuntimeError("the losses have no second derivative: differentiate them without create_graph=True")
-            with IEEE[a.is_cuda]:
-                if not torch.is_autocast_enabled(a.device.type):
-                    return f(a, *rest)
-                with torch.autocast(a.device.type, enabled=False):
-                    return f(a, *rest)
+            device = args[0].device.type
+            with IEEE[device == "cuda"]:
+                if not torch.is_autocast_enabled(device):
+                    return f(*args)
+                with torch.autocast(device, enabled=False):
+                    return f(*args)
 
         name = f"supcon_{__name__.replace('.', '_')}::{f.__name__}"  # another copy of this file has ops of its own
         unsafe = (torch.Tag.cudagraph_unsafe,)  # strips look at the size of the scores
+        schema = torch.library.infer_schema(f, mutates_args=())
         op = torch.library.custom_op(name, exact, mutates_args=(), schema=schema, tags=unsafe)
         op.register_fake(fake)
         return lambda *args: (op if torch.compiler.is_compiling() else exact)(*args)
 
     return wrap
 
-@_exact_op("(Tensor a, Tensor b) -> Tensor", lambda a, b: a.new_empty(len(a), b.shape[1]))
-def _product(a, b):
+@_exact_op(lambda a, b: a.new_empty(len(a), b.shape[1]))
+def _product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 class _Scores(torch.autograd.Function):
@@ -489,11 +487,11 @@ class _Scores(torch.autograd.Function):
         return _fill(_product(a, (a if b is None else b).T), own, ABSENT)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, G):  # G_ij = dL/ds_ij
         a, b = ctx.saved_tensors
         if b is None:
-            return _product(g + g.T, a), None, None  # a row is an anchor, and a contrast of the others
-        return _product(g, b), _product(g.T, a) if ctx.needs_input_grad[1] else None, None
+            return _product(G + G.T, a), None, None  # a row is an anchor, and a contrast of the others
+        return _product(G, b), _product(G.T, a) if ctx.needs_input_grad[1] else None, None
 
 # ================================================================ The same values, faster
 #
@@ -516,11 +514,8 @@ def _from_strips(variant, a, b, y_a, y_b, own):
     a = a * math.log(2) ** -0.5
     b = None if b is None else b * math.log(2) ** -0.5
     if y_a.ndim == 1:
-        numbers = _number_classes(y_a if b is None else torch.cat([y_a, y_b]))
-        y_a, y_b = numbers[: len(y_a)], numbers[-len(y_b) :]
-    else:
-        y_a, y_b = y_a.clone(), y_b.clone()  # a memory may move on before the backward
-    log_sum = _LogSumExp.apply(a, b, y_a, y_b, own, variant)
+        y_a, y_b = _number_classes(torch.cat([y_a, y_b])).split([len(y_a), len(y_b)])
+    log_sum = _LogSumExp.apply(a, b, *((None, None) if variant == "out" else (y_a, y_b)), own)
     rows = a if b is None else b
     sums, weight = _positive_sums(rows if variant == "out" else rows[:, :0], y_a, y_b, own)
     valid = weight != 0
@@ -528,128 +523,118 @@ def _from_strips(variant, a, b, y_a, y_b, own):
     of_positives = (a * sums).sum(1) / weight if variant == "out" else log_sum[1] - weight.log2()
     return math.log(2) * (log_sum[0] - of_positives).where(valid, 0), valid
 
-def _number_classes(y):
-    """Labels (N,) as numbers 0, 1, ... below N; each nan is a class of its own."""
-    y, order = (y if y.is_floating_point() else y.long()).sort()
-    numbers = F.pad((y[1:] != y[:-1]).cumsum(0), (1, 0))
-    return torch.empty_like(order).scatter(0, order, numbers).int()
+@_exact_op(lambda y: y.int())
+def _number_classes(y: Tensor) -> Tensor:
+    """Labels as numbers 0, 1, ...; each nan is a class of its own."""
+    return (y if y.is_floating_point() else y.long()).unique(return_inverse=True)[1].int()
 
 def _positive_sums(rows, y_a, y_b, own):
     """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums of the classes, less the pair (i, own + i)."""
     wide = torch.float32 if rows.device.type == "mps" else torch.float64  # thousands of rows are added up
-    rows_1 = F.pad(rows, (0, 1), value=1)
+    dtype, rows = rows.dtype, F.pad(rows, (0, 1), value=1)
     if y_a.ndim == 2:
-        rows_1, y_a, y_b = rows_1.to(wide), y_a.to(wide), y_b.to(wide)  # a small overlap of classes is a difference
-        sums = _Scores.apply(y_a, _Scores.apply(rows_1.T, y_b.T, None), None)
+        rows, y_a, y_b = rows.to(wide), y_a.to(wide), y_b.to(wide)  # a small overlap of classes is a difference
+        sums = _Scores.apply(y_a, _Scores.apply(rows.T, y_b.T, None), None)
     else:
         count = len(y_a) + len(y_b) if torch.compiler.is_compiling() else 1 + int(torch.maximum(y_a.max(), y_b.max()))
-        of_classes = rows.new_zeros(count, rows_1.shape[1], dtype=wide).index_add(0, y_b, rows_1.to(wide))
-        sums = of_classes.index_select(0, y_a).to(rows.dtype)
+        of_classes = rows.new_zeros(count, rows.shape[1], dtype=wide).index_add(0, y_b, rows.to(wide))
+        sums = of_classes.index_select(0, y_a).to(dtype)
     if own is not None:
         mine = slice(own, own + len(y_a))
         itself = (y_a * y_b[mine] if y_a.ndim == 2 else (y_a == y_b[mine])[:, None]).sum(1, keepdim=True)
-        sums = sums - itself * rows_1[mine]
+        sums = sums - itself * rows[mine]
         remains = (1e-6 if wide == torch.float32 else 1e-12) * itself  # of rounding, where nothing else has weight
         sums = sums.masked_fill(sums[:, -1:] <= remains, 0)
-    return sums[:, :-1].to(rows.dtype), sums[:, -1].detach().to(rows.dtype)
+    return sums[:, :-1].to(dtype), sums[:, -1].detach().to(dtype)
 
 class _LogSumExp(torch.autograd.Function):
-    """log2 of sum_j 2^s_ij over A(i), for L_in of sum_j w_ij 2^s_ij over P(i) as well: (1 or 2, M), -inf for no sum."""
+    """log2 of sum_j 2^s_ij over A(i) and, given y, of sum_j w_ij 2^s_ij over P(i): (1 or 2, M), -inf for no sum."""
 
     @staticmethod
-    def forward(ctx, a, b, y_a, y_b, own, variant):
-        keep = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
-        log_sum, *kept = _log_sums(a, b, y_a, y_b, own, variant, keep)
+    def forward(ctx, a, b, y_a, y_b, own):
+        few = len(a) * (len(a) // 2 if b is None else len(b)) <= KEPT
+        keep = few and any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
+        log_sum, *kept = _log_sums(a, b, y_a, y_b, own, keep)
         ctx.save_for_backward(a, b, y_a, y_b, log_sum, *kept)
-        ctx.own, ctx.variant = own, variant
+        ctx.own = own
         return log_sum
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, slope):
         a, b, y_a, y_b, log_sum, *kept = ctx.saved_tensors
-        of_b = ctx.needs_input_grad[1]
-        grads = _log_sums_grad(a, b, y_a, y_b, ctx.own, ctx.variant, g, log_sum, kept, of_b)
-        return grads[0], grads[1] if of_b else None, None, None, None, None
+        grads = _log_sums_grad(a, b, y_a, y_b, ctx.own, slope, log_sum, kept, ctx.needs_input_grad[1])
+        return *grads, *[None] * (5 - len(grads))
 
-SETS = "Tensor a, Tensor? b, Tensor y_a, Tensor y_b, SymInt? own, str variant"  # b None: the anchors themselves
-
-@_exact_op(f"({SETS}, bool keep) -> Tensor[]", lambda a, *rest: [a.new_empty(1 + (rest[4] == "in"), len(a))])
-def _log_sums(a, b, y_a, y_b, own, variant, keep):
-    """[log_sum, and the strips if the backward needs them and they are few]"""
-    mild = _is_mild(a, b, y_a, variant)
+@_exact_op(lambda a, b, y_a, *rest: [a.new_empty(1 if y_a is None else 2, len(a))])
+def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | None, own: int | None,
+              keep: bool) -> list[Tensor]:
+    """[log_sum, and the strips if the backward is to have them]"""
+    small = _are_small(a, b, y_a)
     kept = []
-    width = (len(a) + _height(a, len(a))) // 2 if b is None else len(b)  # in the mean
-    keep = keep and len(a) * width <= KEPT
-    log_sum = a.new_full((1 + (variant == "in"), len(a)), -torch.inf)
-    for I, J, s in _strips(a, b, own, mild, keep):
-        for log_sum_k, part in zip(log_sum, _parts(s, y_a[I], y_b[J], variant, mild)):
-            log_sum_k[I] = log_sum_k[I].logaddexp2(_log_sum(part, 1, mild))
+    log_sum = a.new_full((1 if y_a is None else 2, len(a)), -torch.inf)
+    for I, J, s in _strips(a, b, own, small, keep):
+        for total, part in zip(log_sum, _parts(s, I, J, y_a, y_b, small)):
+            total[I] = total[I].logaddexp2(_log_sum(part, 1, small))
             if b is None:
-                log_sum_k[I.stop :] = log_sum_k[I.stop :].logaddexp2(_log_sum(part[:, len(s) :], 0, mild))
+                total[I.stop :] = total[I.stop :].logaddexp2(_log_sum(part[:, len(s) :], 0, small))
         if keep:
             kept.append(s)
     return [log_sum, *kept]
 
-@_exact_op(f"({SETS}, Tensor g, Tensor log_sum, Tensor[] kept, bool of_b) -> Tensor[]",
-           lambda a, b, *rest: [torch.empty_like(x) for x in (a, b)[: 1 + rest[-1]]])
-def _log_sums_grad(a, b, y_a, y_b, own, variant, g, log_sum, kept, of_b):
-    """[the gradient in a, and in b if of_b], from g, that in log_sum: dL/ds_ij = g_i 2^(s_ij - log_sum_i)."""
-    mild = _is_mild(a, b, y_a, variant)
-    rows = a if b is None else b
-    log_sum = log_sum.masked_fill(g == 0, torch.inf)  # it is -inf for an anchor left out, and -inf - -inf is nan
-    c = g * torch.exp2(-log_sum) if mild else g
+@_exact_op(lambda a, b, *rest: [torch.empty_like(x) for x in (a, b)[: 1 + rest[-1]]])
+def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | None, own: int | None,
+                   slope: Tensor, log_sum: Tensor, kept: list[Tensor], of_b: bool) -> list[Tensor]:
+    """[the gradient in a, and in b if of_b], from slope, that in log_sum: dL/ds_ij = slope_i 2^(s_ij - log_sum_i)."""
+    small = _are_small(a, b, y_a)
+    log_sum = log_sum.masked_fill(slope == 0, torch.inf)  # -inf for an anchor left out, and -inf - -inf is nan
+    factor = slope * torch.exp2(-log_sum) if small else slope
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
     room_of_G, room = a.new_empty(0), a.new_empty(0)
-    for I, J, s in _strips(a, b, own, mild, kept=kept):
-        G = room_of_G.resize_(s.shape).zero_()
-        for k, part in enumerate(_parts(s, y_a[I], y_b[J], variant, mild)):
-            for K in ((I, None), J) if b is None else ((I, None),):  # s_ij = s_ji: each is the other's contrast
-                softmax = part  # if mild, up to a factor that is in c
-                if not mild:
+    for I, J, s in _strips(a, b, own, small, kept=kept):
+        G = room_of_G.resize_(s.shape).zero_()  # dL/ds_ij, and dL/ds_ji as well where s_ij stands for both
+        for k, part in enumerate(_parts(s, I, J, y_a, y_b, small)):
+            for K in ((I, None), J) if b is None else ((I, None),):  # the anchors: rows of s, or columns
+                softmax = part  # if small, up to what is in factor
+                if not small:
                     softmax = torch.sub(part, log_sum[k][K], out=room.resize_(s.shape)).exp2_()
-                G.addcmul_(softmax, c[k][K])
-        grads[0][I].addmm_(G, rows[J])
+                G.addcmul_(softmax, factor[k][K])
+        grads[0][I].addmm_(G, (a if b is None else b)[J])
         if b is None:
             grads[0][I.stop :].addmm_(G[:, len(s) :].T, a[I])
         elif of_b:
             grads[1].addmm_(G.T, a[I])
     return grads
 
-def _height(a, N):
-    """The rows of a strip of N columns."""
-    return max(1, min(ROWS if a.device.type == "cpu" else 8 * ROWS, HELD // N))
-
-def _strips(a, b, own, mild, keep=False, kept=()):
-    """Yields (I, J, s): anchors, their columns, and s_ij between them, or 2^s_ij if mild; -inf or 0 for j = own + i.
+def _strips(a, b, own, small, keep=False, kept=()):
+    """Yields (I, J, s): anchors, their columns, and s_ij between them, or 2^s_ij if small; -inf or 0 for j = own + i.
     One strip overwrites another unless keep. They are taken from kept, unless that is empty."""
     columns = a if b is None else b
-    rows = _height(a, len(columns))
+    rows = max(1, min(ROWS if a.device.type == "cpu" else 8 * ROWS, HELD // len(columns)))
     room = a.new_empty(0)
     for i in range(0, len(a), rows):
         I, J = slice(i, min(i + rows, len(a))), slice(i if b is None else 0, len(columns))
         if kept:
             yield I, J, kept[i // rows]
             continue
-        room = a.new_empty(0) if keep else room
-        s = torch.mm(a[I], columns[J].T, out=room.resize_(I.stop - i, J.stop - J.start))
+        s = torch.mm(a[I], columns[J].T, out=None if keep else room.resize_(I.stop - i, J.stop - J.start))
         s = _fill(s, None if own is None else own + i - J.start, -torch.inf)
-        yield I, J, s.exp2_() if mild else s
+        yield I, J, s.exp2_() if small else s
 
-def _is_mild(a, b, y_a, variant):
+def _are_small(a, b, y_a):
     """Whether |s_ij| < 60 by Cauchy and Schwarz, so that 2^s_ij can be added up without taking a maximum off."""
     longest = a.norm(dim=1).amax() * (a if b is None else b).norm(dim=1).amax()
-    return (variant == "out" or y_a.ndim == 1) and bool(longest < 60)  # a w_ij below 1 may be as small as it likes
+    return (y_a is None or y_a.ndim == 1) and bool(longest < 60)  # a w_ij below 1 may be as small as it likes
 
-def _parts(s, y_a, y_b, variant, mild):
-    """[s over A(i), and for L_in s over P(i) with its weights]: what a part leaves out adds nothing to a sum of 2^s."""
-    if variant == "out":
+def _parts(s, I, J, y_a, y_b, small):
+    """[s over A(i), and given y s over P(i) with its weights]: what a part leaves out adds nothing to a sum of 2^s."""
+    if y_a is None:
         return [s]
-    w = _weights(y_a, y_b)
-    return [s, s.where(w, 0 if mild else -torch.inf) if w.dtype == torch.bool else s + w.log2()]
+    w = _weights(y_a[I], y_b[J])
+    return [s, s.where(w, 0 if small else -torch.inf) if w.dtype == torch.bool else s + w.log2()]
 
-def _log_sum(s, axis, mild):
-    """log2 of the sum of 2^s along an axis; if mild, s is 2^s already."""
-    if mild:
+def _log_sum(s, axis, small):
+    """log2 of the sum of 2^s along an axis; if small, s is 2^s already."""
+    if small:
         return s.sum(axis).log2()
     top = s.amax(axis, keepdim=True).clamp(min=ABSENT)  # -inf - -inf would be nan
     return (s - top).exp2_().sum(axis).log2() + top.squeeze(axis)

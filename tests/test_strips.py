@@ -548,14 +548,14 @@ def test_the_precision_lasts_while_a_thread_needs_it_and_then_is_the_users_again
     places = {name: threading.Event() for name in ("first in", "second in", "first out")}
     seen, a = {}, torch.ones(2, 2)
 
-    @losses._exact_op("(Tensor a) -> Tensor", torch.empty_like)
-    def first(a):
+    @losses._exact_op(torch.empty_like)
+    def first(a: torch.Tensor) -> torch.Tensor:
         places["first in"].set()
         assert places["second in"].wait(10)
         return a
 
-    @losses._exact_op("(Tensor a) -> Tensor", torch.empty_like)
-    def second(a):
+    @losses._exact_op(torch.empty_like)
+    def second(a: torch.Tensor) -> torch.Tensor:
         places["second in"].set()
         assert places["first out"].wait(10)
         seen["while the second is inside"] = lowered.fp32_precision
