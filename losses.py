@@ -523,10 +523,11 @@ def _from_strips(variant, a, b, y_a, y_b, own):
     of_positives = (a * sums).sum(1) / weight if variant == "out" else log_sum[1] - weight.log2()
     return math.log(2) * (log_sum[0] - of_positives).where(valid, 0), valid
 
-@_exact_op(lambda y: y.int())
-def _number_classes(y: Tensor) -> Tensor:
-    """Labels as numbers 0, 1, ...; each nan is a class of its own."""
-    return (y if y.is_floating_point() else y.long()).unique(return_inverse=True)[1].int()
+def _number_classes(y):
+    """Labels (N,) as numbers 0, 1, ... below N; each nan is a class of its own."""
+    y, order = (y if y.is_floating_point() else y.long()).sort()
+    numbers = F.pad((y[1:] != y[:-1]).cumsum(0), (1, 0))
+    return torch.empty_like(order).scatter(0, order, numbers).int()
 
 def _positive_sums(rows, y_a, y_b, own):
     """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums of the classes, less the pair (i, own + i)."""

@@ -104,7 +104,8 @@ MISTAKES = {
          "log_sum.masked_fill(slope == 0, torch.inf)", "log_sum.clone()", "losses theory strips"),
         ("strips: L_in over A(i) twice", "s.where(w, 0 if small else -torch.inf) if", "s if", "losses theory strips"),
         ("strips: nan is a class",
-         ").unique(", ").nan_to_num().unique(", "losses theory strips"),
+         "numbers = F.pad((y[1:] != y[:-1])",
+         "numbers = F.pad(((y[1:] != y[:-1]) & y[1:].isfinite())", "losses theory strips"),
         ("triplet: an absent negative is near",
          "d.masked_fill(~n, torch.inf)", "d.masked_fill(~n, 0)", "losses theory strips"),
         ("triplet: semihard takes a negative as far as the positive",
@@ -122,8 +123,6 @@ MISTAKES = {
          "threading.Lock()", "__import__('contextlib').nullcontext()", "losses theory strips"),
         ("the precision left behind",
          "if self.backend.fp32_precision != found:", "if False:", "losses theory strips"),
-        ("tiles: an anchor that is left out weighs",
-         "masked_fill(slope == 0, torch.inf)", "masked_fill(slope == 0, -torch.inf)", "losses theory strips"),
     ],
     "reference_numpy.py": [
         ("oracle: the anchor is among its contrasts", "if a != i]\ndef _positives", "]\ndef _positives", "reference"),
