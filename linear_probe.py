@@ -28,7 +28,7 @@ from torch import nn
 import losses
 from common.cli import Refused, run_command, say
 from common.config import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, refuse_two_rates
-from common.data import DATASETS, Data, generator, load_data, require_same_classes, stratified, take
+from common.data import DATASETS, STREAMS, Data, generator, load_data, require_same_classes, stratified, take
 from common.figures import draw_probe, pyplot
 from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, load_encoder, write_classifier
 from common.frozen import write_json
@@ -131,7 +131,7 @@ def hold_out(labels, seed):
     """(kept, held): `held` has the rows of a tenth of every class of two or more images, and `kept` all others."""
     labels = labels.cpu()
     several = torch.nonzero(torch.bincount(labels)[labels] > 1).squeeze(1)
-    held = several[stratified(labels[several], HELD_OUT, generator(seed, 7))] if len(several) else several
+    held = several[stratified(labels[several], HELD_OUT, generator("held out", seed))] if len(several) else several
     kept = torch.ones(len(labels), dtype=torch.bool).index_fill(0, held, False)
     return torch.nonzero(kept).squeeze(1), held
 
@@ -143,7 +143,7 @@ def geometry(frozen, test, seed, count=2000):
     """Alignment (of two cropped views), uniformity and tolerance of the first test images' features on the sphere."""
     some = take(test, torch.arange(min(count, len(test.labels))))
     r = F.normalize(extract(frozen, some))
-    views = torch.cat([F.normalize(extract(frozen, some, key=(seed, 8, v))) for v in range(2)])
+    views = torch.cat([F.normalize(extract(frozen, some, key=("geometry", seed, v))) for v in range(2)])
     labels = some.labels.to(r.device)
     return {
         "alignment": losses.alignment(views).item(),
@@ -236,7 +236,7 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
     if len(train.classes) < 2:
         raise Refused(f"--data {data} has one class alone: a classifier needs two")
     if subset < 1:
-        train = take(train, stratified(train.labels, subset, generator(seed, 4)))
+        train = take(train, stratified(train.labels, subset, generator("subset", seed)))
     return Job(checkpoint, kind, frozen, dataset, train, test)
 
 
@@ -244,8 +244,10 @@ def seen_and_left_out(config, source):
     """The training images that the run took, and those that its --subset left out, as two sets."""
     if config.get("subset", 1.0) == 1:
         raise Refused("--validate tests on the images that pretrain.py --subset left out: this run took all of them")
+    if config.get("streams") != STREAMS:
+        raise Refused("--validate cannot tell which images a run of an earlier version left out: train it again")
     data = load_data(config["dataset"], config["data"], True, limit=config["limit"], **source)
-    seen = stratified(data.labels, config["subset"], generator(config["seed"], 4))
+    seen = stratified(data.labels, config["subset"], generator("subset", config["seed"]))
     left_out = torch.ones(len(data.labels), dtype=torch.bool).index_fill(0, seen, False)
     return take(data, seen), take(data, left_out.nonzero().squeeze(1))
 
@@ -261,7 +263,7 @@ def fit_classifier(job, features, cells, fit, augment, workers):
     """The Probe of the training features."""
     augmented = None
     if augment:
-        augmented = lambda epoch: extract(job.frozen, job.train, key=(fit.seed, 6, epoch), workers=workers)
+        augmented = lambda epoch: extract(job.frozen, job.train, key=("probe", fit.seed, epoch), workers=workers)
     return probe(features.r_train, features.y_train, len(job.train.classes), cells, fit, augmented)
 
 

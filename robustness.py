@@ -60,7 +60,7 @@ class Made:
 
     def batches(self, name, severity):
         for k, rows in enumerate(torch.arange(len(self.images)).split(500)):
-            g = generator(self.seed, 9, NAMES.index(name), severity, k)
+            g = generator("corrupt", self.seed, NAMES.index(name), severity, k)
             yield corrupt(self.images[rows], name, severity, g, self.as_files), self.labels[rows]
 
 
@@ -141,7 +141,7 @@ class ImageNetC:
 
     def batches(self, name, severity):
         folder = self.folders[name, severity]
-        order = torch.randperm(len(folder), generator=generator(0))[: self.limit]
+        order = torch.randperm(len(folder), generator=generator("limit"))[: self.limit]
         yield from worker_batches(folder, [rows.tolist() for rows in order.split(500)], self.workers)
 
 

@@ -14,7 +14,7 @@ import torch
 from click.core import ParameterSource
 
 from common.cli import Refused, say
-from common.data import DATASETS, SMALL
+from common.data import DATASETS, SMALL, STREAMS
 from common.models import ARCHS
 from common.objectives import OBJECTIVES, is_masked
 from common.presets import PRESETS, describe
@@ -160,7 +160,8 @@ class Config:
     save_minutes: float = option(10.0, NOT_NEGATIVE, "Save a checkpoint at least this often, and after every epoch.")
     log_every: int = option(10, COUNT, "Steps between two entries of the log.")
 
-    # Known once the data are there
+    # Known once the run is there
+    streams: int = None  # how its random streams are made; None up to version 0.3
     num_classes: int = None
     noisy_labels: int = None  # how many labels --label-noise has exchanged
 
@@ -214,7 +215,7 @@ def read(context, resume, options):
         options = options | of_preset(options, given)
         say("\n".join(describe(options["recipe"])))
     refuse_two_rates(given)
-    config = Config(**options)
+    config = Config(**options, streams=STREAMS)
     fill_in_defaults(config)
     for names, has_meaning, where in MEANT_FOR:
         idle = given & set(names)
@@ -388,3 +389,8 @@ def require_same_data(config, data, contents):
     images = contents.get("images", len(data.labels))
     require(len(data.labels) == images,
             f"--data {config.data} holds {len(data.labels)} images, the run began with {images}: {remedy}")
+    if config.streams != STREAMS:
+        chosen = config.subset < 1 or config.label_noise or config.limit and config.dataset == "folder"
+        require(not chosen, "since this run of an earlier version began, other images belong to its --limit, --subset "
+                "or --label-noise: end it with that version, or start a new run")
+        say("this run is of an earlier version: from here on its order and its views are drawn otherwise")

@@ -67,9 +67,9 @@ def load(config, download, with_test):
     if test is not None:
         require_same_classes(data, test, config.data)
     if config.subset < 1:
-        data = take(data, stratified(data.labels, config.subset, generator(config.seed, 4)))
+        data = take(data, stratified(data.labels, config.subset, generator("subset", config.seed)))
     if config.label_noise:
-        noisy = with_label_noise(data.labels, config.label_noise, len(data.classes), generator(config.seed, 5))
+        noisy = with_label_noise(data.labels, config.label_noise, len(data.classes), generator("noise", config.seed))
         config.noisy_labels = int((noisy != data.labels).sum())
         data = data._replace(labels=noisy)
     return data, test
@@ -131,7 +131,8 @@ def load_folder(root, train, size, limit=None, stream=False):
     def load(sample):
         return resize_and_crop(read_image(sample[0]), size)
 
-    samples = [folder.samples[i] for i in torch.randperm(len(folder.samples), generator=generator(0)).tolist()][:limit]
+    order = torch.randperm(len(folder.samples), generator=generator("folder"))[:limit]
+    samples = [folder.samples[i] for i in order.tolist()]
     n = min(SAMPLE, len(samples)) if stream else len(samples)
     try:
         images = torch.empty(n, 3, size, size, dtype=torch.uint8)
@@ -205,9 +206,22 @@ def resize_square(images, size):
 
 
 def generator(*key):
-    """A torch generator for a key of whole numbers such as (seed, epoch, step); equal keys give equal streams."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    """A torch generator for a key such as ("views", seed, epoch, step): equal keys give equal streams.
+
+    A key holds words, which keep the uses of a seed apart, and whole numbers below 2^64. torch would seed its
+    generator with 32 bits, which among ten thousands of keys are twice the same; so its whole state is drawn here.
+    """
+    numbers = [int.from_bytes(part.encode(), "little") if isinstance(part, str) else part for part in key]
+    halves = [number >> shift & 0xFFFFFFFF for number in numbers for shift in (0, 32)]
+    drawn = np.random.SeedSequence([len(key), *halves])  # which fills a short key up with zeros
+    g = torch.Generator().manual_seed(int(drawn.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    state = g.get_state()
+    state[MT19937].view(torch.int64)[:] = torch.from_numpy(drawn.generate_state(624).astype(np.int64))
+    return g.set_state(state)
+
+
+MT19937 = slice(24, 24 + 624 * 8)  # the bytes of a generator's state that hold the Mersenne Twister's 624 words
+STREAMS = 2  # counts the ways to make a stream of a key
 
 
 def uniform_from(g, n):
@@ -225,7 +239,7 @@ def shapes(n, size, seed):
 
     Each block of images has a generator of its own, so that n images cost what n images cost, and are always the same.
     """
-    blocks = [draw_shapes(BLOCK, size, generator(seed, 10, k)) for k in range(math.ceil(n / BLOCK))]
+    blocks = [draw_shapes(BLOCK, size, generator("shapes", seed, k)) for k in range(math.ceil(n / BLOCK))]
     images, labels = (torch.cat(parts)[:n] for parts in zip(*blocks))
     return Data(images, labels, [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES])
 

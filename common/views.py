@@ -188,7 +188,7 @@ class WorkerViews(torch.utils.data.Dataset):
     def __getitem__(self, item):
         row, *key = item
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(*key).initial_seed())
+            torch.set_rng_state(generator(*key).get_state())
             image = self.data.images[row] if self.data.files is None else read_image(self.data.files[row])
             return self.transform(image)
 
@@ -222,7 +222,7 @@ def mixed(x, labels, num_classes, how, alpha, g):
     """(views, soft labels (n, C)) of torchvision's MixUp or CutMix, drawn from g: each image with its neighbour."""
     mix = {"mixup": transforms.MixUp, "cutmix": transforms.CutMix}[how](alpha=alpha, num_classes=num_classes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(g.initial_seed())
+        torch.set_rng_state(g.get_state())
         return mix(x, labels)
 
 
@@ -292,7 +292,7 @@ class Batch:
 
     def mixed(self, view, v):
         seed, *step = self.key
-        g = generator(seed, 3, *step, v, int(self.index[0]))
+        g = generator("mix", seed, *step, v, int(self.index[0]))
         return mixed(view, self.labels, self.config.num_classes, self.config.mix, self.config.mix_alpha, g)
 
 
@@ -320,7 +320,7 @@ def make_batches(config, data, ranks, mean, std, first_step):
 
 def order_of(config, labels, epoch):
     """The rows of the data in the order of an epoch."""
-    g = generator(config.seed, 0, epoch)
+    g = generator("order", config.seed, epoch)
     if OBJECTIVES[config.loss].pairs:
         return shuffled_pairs(labels, g)
     return shuffled_balanced(labels, g) if config.balanced else torch.randperm(len(labels), generator=g)
@@ -328,7 +328,7 @@ def order_of(config, labels, epoch):
 
 def draw_views(config, epoch, position, crop):
     """The ViewParameters of the global batch for each view of a step."""
-    keys = [(config.seed, 1, epoch, position, v) for v in range(config.views)]
+    keys = [("views", config.seed, epoch, position, v) for v in range(config.views)]
     strength = {"crop": crop, "crop_min": config.crop_min, "jitter": config.jitter}
     return [draw_view(config.batch, config.size, config.augment, generator(*key), **strength) for key in keys]
 
@@ -344,9 +344,9 @@ def pixels_from_workers(config, data, rows_of_steps, index, epoch, first, device
 
 
 def worker_items(config, rows_of_steps, index, size, epoch, first):
-    """The items of WorkerViews, (row, seed, ..., place in the batch), by step, part of `size` images, and view."""
+    """The items of WorkerViews, (row, key), by step, part of `size` images, and view."""
     for position, rows in enumerate(rows_of_steps.tolist(), first):
         for start in range(0, len(rows), size):
             part = list(zip(rows, index.tolist()))[start : start + size]
             for v in range(config.views):
-                yield [(row, config.seed, 2, epoch, position, v, place) for row, place in part]
+                yield [(row, "workers", config.seed, epoch, position, v, place) for row, place in part]

@@ -203,3 +203,19 @@ def test_a_run_goes_on_with_the_data_that_it_began_with_alone(images_then, class
     common.config.require_same_data(config, data, {"classes": ["a", "b"], "images": 200})
     with pytest.raises(common.cli.Refused):
         common.config.require_same_data(config, data, {"classes": classes_then, "images": images_then})
+
+
+def test_a_run_of_an_earlier_version_goes_on_but_not_with_other_images(capsys):
+    """Its random streams were others: the images of its --subset, and the labels of its --label-noise, were as well."""
+    data, contents = common.data.Data(None, torch.zeros(200), ["a", "b"]), {"classes": ["a", "b"], "images": 200}
+    for words in (["--subset", "0.5"], ["--label-noise", "0.1"], ["--dataset", "folder", "--limit", "9"]):
+        config = completed(*words)
+        common.config.require_same_data(config, data, contents)
+        config.streams = None
+        with pytest.raises(common.cli.Refused, match="of an earlier version"):
+            common.config.require_same_data(config, data, contents)
+    assert not capsys.readouterr().out
+    config = completed("--limit", "150")
+    config.streams = None
+    common.config.require_same_data(config, data, contents)
+    assert "of an earlier version" in capsys.readouterr().out

@@ -224,4 +224,4 @@ def test_workers_crop_no_more_than_they_are_asked_to_and_stacked_rand_changes_mo
     assert all(any(torch.equal(of("crop", 1.0)[0, k], image) for image in whole) for k in range(20))
     assert not any(torch.equal(of("crop", 0.2)[0, k], image) for k in range(20) for image in whole)
     change_of = lambda policy: sum((of(policy, 1.0)[0, k].float() - whole[0]).abs().mean() for k in range(60))
-    assert change_of("stacked-rand") > 1.2 * change_of("rand")
+    assert change_of("stacked-rand") > 1.05 * change_of("rand")  # of the same keys
