@@ -20,7 +20,8 @@ For L_in T_ip is X_ip, the softmax of s_ip/tau over P(i) alone (A eq. 5).
 
 A loss is the mean over the anchors i that have a positive; the others are left out of mean and gradient alike, and a
 batch without any gives 0. Nothing is scaled by a hidden factor and nothing is normalised: the functions are the
-equations. reduction="none" returns one value per row, 0 for a row that is left out.
+equations. reduction="none" returns one value per row, 0 for a row that is left out. A negative label is a class like
+any other. To rows without a label, give classes of their own: y.where(y >= 0, -1 - torch.arange(n).repeat(V)).
 
 Scores are float32 or wider, without autocast and TF32; a half or bfloat16 z gets its gradient in its own type (in
 float16 that underflows for large N: use a gradient scaler). tau may be a tensor and then gets its gradient; labels and
@@ -141,7 +142,9 @@ class SupConLoss(nn.Module):
             w = _fill(mask.detach().to(z).repeat(V, V), 0, 0)
             loss, valid = _from_scores(self.variant, _scores(z, self.temperature, own=0)[:M], w[:M])
         else:
-            y = torch.arange(B, device=z.device) if labels is None else labels.reshape(-1).to(z.device)
+            labels = torch.arange(B, device=z.device) if labels is None else labels
+            _require(isinstance(labels, Tensor), "labels must be a tensor, got a {}", type(labels).__name__)
+            y = labels.reshape(-1).to(z.device)
             _require(len(y) == B, "labels must be ({},) for features {}, got {}", B, features, y)
             y = y.repeat(V)
             contrast = () if M == len(z) else (z, y)
@@ -383,6 +386,7 @@ def _check(z, y=None, views=1, soft=False):
         _require(isinstance(y, Tensor), "y must be a tensor, got a {}", type(y).__name__)
         fits = y.ndim in (1, 1 + soft) and len(y) == len(z) and y.shape[1:] != (1,)
         _require(fits, "y must hold one label for each row of z {}, got {}", z, y)
+        _require(y.ndim == 1 or y.is_floating_point(), "class probabilities y must be floating point, got {}", y.dtype)
     _require(views > 0 and len(z) % views == 0, "the rows of z {} must be a multiple of views >= 1, got {}", z, views)
 
 def _check_contrast(z, y, contrast, y_contrast):

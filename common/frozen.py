@@ -94,18 +94,39 @@ def as_linear(weight, bias):
 
 
 class Classifier(nn.Module):
-    """Images, as Frozen takes them, -> class scores (n, C).
+    """Images -> class scores (n, C). Divided by `temperature`, they have a softmax that is better calibrated.
 
-    Divided by `temperature`, they have a softmax that is better calibrated.
+    Images are (n, 3, size, size), or one of them without its first axis, which gives (C,): RGB, uint8 or of any
+    floating-point type with values in [0, 1], and not normalised, for the classifier does that itself. Raises
+    ValueError for anything else. The range is looked at in the first batch of floating-point numbers alone.
     """
 
     def __init__(self, frozen, linear, classes, temperature, dataset):
         super().__init__()
         self.frozen, self.linear = frozen, linear
         self.classes, self.temperature, self.dataset, self.size = classes, temperature, dataset, frozen.size
+        self.range_is_known = False
 
     def forward(self, x):
-        return self.linear(self.frozen(x))
+        self.require_images(x)
+        images = x.float() if x.is_floating_point() else x
+        if x.ndim == 3:
+            return self(images[None])[0]
+        return self.linear(self.frozen(images))
+
+    def require_images(self, x):
+        is_float, H = x.is_floating_point(), self.size
+        if x.ndim not in (3, 4) or x.shape[-3:] != (3, H, H) or not (is_float or x.dtype == torch.uint8):
+            self.refuse(f"{x.dtype} of shape {tuple(x.shape)}")
+        if is_float and not self.range_is_known and x.numel():
+            low, high = (bound.item() for bound in x.aminmax())
+            if not 0 <= low <= high <= 1:
+                self.refuse(f"values from {low:.3g} to {high:.3g}")
+            self.range_is_known = True
+
+    def refuse(self, got):
+        raise ValueError(f"images must be (n, 3, {self.size}, {self.size}), uint8 or floating-point numbers in [0, 1] "
+                         f"that are not normalised, got {got}")
 
 
 FORMAT = "supcon-probe-2"

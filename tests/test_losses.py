@@ -10,6 +10,7 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -580,3 +581,37 @@ def test_bad_arguments_raise_and_are_named(call, offender):
 
 def test_gathering_without_a_process_group_gives_the_rows_back():
     assert torch.equal(losses.all_gather_rows(Z), Z)
+
+
+def test_rows_without_a_label_are_classes_of_their_own():
+    """With -1 as a class, they would be each other's positives."""
+    y = torch.tensor([0, 0, 1, 1, -1, -1, -1, -1])
+    z = F.normalize(torch.randn(16, 5, generator=torch.Generator().manual_seed(0), dtype=torch.double))
+    for views in (1, 2):
+        rows, labels = z[: 8 * views], y.repeat(views)
+        lone = labels.where(labels >= 0, -1 - torch.arange(8).repeat(views))
+        values = losses.supcon_out(rows, lone, 0.1, reduction="none")
+        expected = oracle.supcon_out(rows.numpy(), lone.numpy(), 0.1, reduction="none")
+        assert torch.allclose(values, torch.tensor(expected))
+        without = labels < 0
+        if views == 1:
+            assert not values[without].any() and values[~without].all()
+        else:  # as in NT-Xent
+            assert torch.allclose(values[without], losses.nt_xent(rows, 0.1, reduction="none")[without])
+        assert not torch.isclose(losses.supcon_out(rows, lone, 0.1), losses.supcon_out(rows, labels, 0.1))
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1], np.array([0, 0, 1])])
+def test_labels_that_are_no_tensor_are_refused_by_every_loss(labels):
+    z = torch.eye(3)
+    for loss in (losses.supcon_out, losses.supcon_in, losses.triplet, losses.max_margin, losses.tolerance):
+        with pytest.raises(ValueError, match="y must be a tensor, got a"):
+            loss(z, labels)
+    with pytest.raises(ValueError, match="labels must be a tensor, got a"):
+        losses.SupConLoss()(z[:, None], labels)
+
+
+def test_two_columns_of_whole_numbers_are_no_probabilities():
+    for loss in (losses.supcon_out, losses.supcon_in, losses.supcon_sharded):
+        with pytest.raises(ValueError, match="floating point, got torch.int64"):
+            loss(torch.eye(3), torch.tensor([[0, 1], [1, 0], [0, 1]]))

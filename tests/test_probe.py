@@ -283,3 +283,18 @@ def test_an_encoder_that_moves_while_it_is_probed_is_an_error(trained, monkeypat
     monkeypatch.setattr(linear_probe, "extract", moving)
     with pytest.raises(RuntimeError, match="the encoder changed while it was probed"):
         probe(trained, "--limit", "50", "--epochs", "1")
+
+
+def test_a_classifier_takes_images_in_any_form_that_cannot_be_mistaken(probed):
+    classifier = common.frozen.load_classifier(probed)
+    H = classifier.size
+    images = torch.randint(256, (5, 3, H, H), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    x = images / 255
+    scores = classifier(images)
+    assert scores.shape == (5, len(classifier.classes)) and torch.equal(classifier(images[2]), classifier(images[2:3])[0])
+    for same in (x, x.double(), x.half(), x.bfloat16()):
+        torch.testing.assert_close(classifier(same), scores, rtol=0.05, atol=0.3)
+    wrong = [images.float(), x * 2 - 1, images.int(), images[:, :, :-1], images[:, :1], images[None], images.bool()]
+    for x in [*wrong, torch.full((1, 3, H, H), torch.nan), images.permute(0, 2, 3, 1)]:
+        with pytest.raises(ValueError, match=f"images must be .n, 3, {H}, {H}., uint8 or floating-point numbers in .0, 1"):
+            common.frozen.load_classifier(probed)(x)

@@ -107,10 +107,17 @@ def test_commands_of_the_results_are_those_of_the_runs():
         config, _ = common.config.read(context, None, given)
         common.config.complete(config, 1)
         config = dataclasses.asdict(config)
-        decided_elsewhere = {"run", "size", "stem", "device", "download", "num_classes"}
+        decided_elsewhere = {"run", "size", "stem", "device", "download", "num_classes", "streams"}
         assert {k: v for k, v in config.items() if v != expected[k] and k not in decided_elsewhere} == {}, name
         found.add(name)
     assert found == {path.parent.name for path in PROJECT.glob("results/*/config.json")}
+
+
+@pytest.mark.seeds_torch
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_examples_of_the_pages_run(page):
+    for code in blocks(page, "python"):
+        exec(compile(code, page, "exec"), {})
 
 
 # ---------------------------------------------------------------- tables and picture

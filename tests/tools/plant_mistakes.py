@@ -287,6 +287,8 @@ MISTAKES = {
         ("every block of shapes alike", 'generator("shapes", seed, k)', 'generator("shapes", seed)', "data"),
     ],
     "common/frozen.py": [
+        ("a classifier of bytes in floats", "if not 0 <= low <= high <= 1:", "if False:", "probe"),
+        ("a classifier of images of any size", "x.shape[-3:] != (3, H, H)", "x.shape[-3] != 3", "probe"),
         ("every five hundred images have the same views",
          "generator(*key, k), crop_min", "generator(*key), crop_min", "moves"),
         ("every image of a stream has the same view", "(row, *key, row) if key", "(row, *key) if key", "probe_parts"),
