@@ -88,21 +88,13 @@ class Objective(NamedTuple):
     unit: bool = True  # whether it takes z on the unit sphere
     queue: bool = False  # whether contrasts from earlier batches may join
     views_min: int = 1
-    positives: Callable | None = None  # |P(i)| of an anchor, from (rows, share of its class, views); None: has no marks
-
-
-def of_the_class(rows, share, views):
-    return rows * share - 1
-
-
-def of_the_image(rows, share, views):
-    return torch.full_like(share, views - 1)
+    marks: bool = False  # whether its value for collapsed features, and its least value, are known
 
 
 OBJECTIVES = {
-    "supcon": Objective(supcon_out, tau=0.1, scaled=True, soft=True, queue=True, positives=of_the_class),
-    "supcon-in": Objective(supcon_in, tau=0.1, scaled=True, soft=True, queue=True, positives=of_the_class),
-    "simclr": Objective(nt_xent, tau=0.5, scaled=True, labels=False, queue=True, views_min=2, positives=of_the_image),
+    "supcon": Objective(supcon_out, tau=0.1, scaled=True, soft=True, queue=True, marks=True),
+    "supcon-in": Objective(supcon_in, tau=0.1, scaled=True, soft=True, queue=True, marks=True),
+    "simclr": Objective(nt_xent, tau=0.5, scaled=True, labels=False, queue=True, views_min=2, marks=True),
     "triplet": Objective(triplet, margin=0.2),
     "n-pair": Objective(n_pair, views=1, lr=0.1, pairs=True, unit=False),
     "max-margin": Objective(max_margin, margin=1.0),
@@ -135,15 +127,27 @@ def cross_entropy(logits, y, smoothing=0.0):
 
 
 def collapse_and_floor(config, labels):
-    """(loss for collapsed features, lower bound), or (None, None) where the loss has no such marks.
+    """(loss for collapsed features, least loss of any features), or (None, None) where they are not known.
 
-    If all features are alike, the loss is log|A(i)| = log(N - 1). And L_out >= L_in >= log|P(i)|: the floor is its mean
-    over the classes' shares.
+    If all features are alike, the loss is log|A(i)| = log(N - 1). It is least where the rows of each class are one
+    point, and the points of the G classes are the corners of a simplex, whose inner products are -1/(G - 1). An anchor
+    with p rows of its class beside it, and N - 1 - p of others, then has the loss
+
+        log(p exp(1/tau) + (N - 1 - p) exp(-1/(G - 1)/tau)) - 1/tau = log(p + (N - 1 - p) exp(-(1 + 1/(G - 1))/tau)).
+
+    For NT-Xent each image is a class. A simplex needs G - 1 dimensions: with fewer the loss stays above. For classes of
+    unequal size this is the loss of the simplex, and the least one is a little lower.
     """
-    positives, rows = OBJECTIVES[config.loss].positives, config.batch * config.views
-    if positives is None or config.ce_weight or config.mix or config.queue or is_masked(config):
+    objective, rows = OBJECTIVES[config.loss], config.batch * config.views
+    if not objective.marks or config.ce_weight or config.mix or config.queue or is_masked(config):
         return None, None
-    share = torch.bincount(labels).double() / len(labels)
-    share = (share > 0).double() / (share > 0).sum() if config.balanced else share
-    floor = share @ positives(rows, share, config.views).clamp(min=1).log()
-    return config.loss_scale * math.log(rows - 1), config.loss_scale * floor.item()
+    if objective.labels:
+        share = torch.bincount(labels).double() / len(labels)
+        share = share[share > 0]
+        share = torch.full_like(share, 1 / len(share)) if config.balanced else share
+    else:
+        share = torch.full((config.batch,), 1 / config.batch, dtype=torch.double)
+    p = (rows * share - 1).clamp(min=0)
+    others = (rows - 1 - p) * math.exp(-(1 + 1 / max(len(share) - 1, 1)) / config.tau)
+    least = share @ (p + others).log()
+    return config.loss_scale * math.log(rows - 1), config.loss_scale * least.item()

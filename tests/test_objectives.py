@@ -205,11 +205,12 @@ def test_a_batch_in_parts_has_the_loss_features_and_gradients_of_the_whole(optio
 def test_the_floor_of_unequal_classes_is_the_mean_over_their_shares_and_of_balanced_batches_that_of_equal_ones():
     labels = torch.tensor([0] * 6 + [1] * 3 + [3] * 3)  # class 2 has no image
     floor_of = lambda **o: common.objectives.collapse_and_floor(config(**o), labels)[1]
+    apart = math.exp(-1.5 / 0.3)  # of 3 classes: (1 + 1/2)/tau
+    of = lambda p: math.log(p + (24 - 1 - p) * apart)
     # 24 rows, of which the classes have 12, 6 and 6
-    assert floor_of(loss="supcon") == pytest.approx((math.log(12 - 1) + math.log(6 - 1)) / 2)
-    assert floor_of(loss="supcon", balanced=True) == pytest.approx(math.log(8 - 1))
-    assert floor_of(loss="simclr", views=3) == pytest.approx(math.log(2))  # two other views
-    joined = [{"ce_weight": 0.1}, {"mix": "mixup"}, {"queue": 9}]
+    assert floor_of(loss="supcon") == pytest.approx((of(11) + of(5)) / 2)
+    assert floor_of(loss="supcon", balanced=True) == pytest.approx(of(7))
+    joined = [{"ce_weight": 0.1}, {"mix": "mixup"}, {"queue": 9}, {"denominator": "negatives"}, {"positives_cap": 2}]
     for options in ({"loss": "triplet"}, {"loss": "ce"}, *({"loss": "supcon"} | more for more in joined)):
         assert common.objectives.collapse_and_floor(config(**options), labels) == (None, None)
 
