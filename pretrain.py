@@ -82,7 +82,7 @@ def train_steps(run, data, test, ranks, journal, asked):
             break
         lr = set_learning_rate(run.optimizer, learning_rate(config, run.step, run.steps_per_epoch))
         run.optimizer.zero_grad()
-        loss, z = training_step(run, batch)
+        loss, z = interruptible_step(run, batch, asked)
         run.optimizer.step()
         run.step += 1
         if run.ends_epoch:
@@ -93,6 +93,17 @@ def train_steps(run, data, test, ranks, journal, asked):
                 if run.ends_epoch:
                     journal.note_epoch(run, diagnose(run, z, data, test))
                 journal.save_now_and_then(run)
+
+
+def interruptible_step(run, batch, asked):
+    """As training_step. A signal that ends the compiler's processes, and was meant for the run, is no error."""
+    try:
+        return training_step(run, batch)
+    except Exception as e:
+        if not (asked and run.config.compile):
+            raise
+        raise Refused(f"stopped while step {run.step + 1} was compiled; this goes on: "
+                      f"{resume_command(run.config.run)}") from e
 
 
 def training_step(run, batch):

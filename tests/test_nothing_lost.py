@@ -356,3 +356,28 @@ def test_a_folder_killed_before_its_log_began_starts_anew(tmp_path):
         (run / name).write_text("")
     train(*SMALL, "--epochs", "1", "--run-dir", run)
     assert log_of(run)[-1]["epoch"] == 1
+
+
+def test_a_signal_that_ends_the_compiler_too_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    step, run = pretrain.training_step, tmp_path / "run"
+
+    def told_to_stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("a process of the compiler is gone")
+
+    def broken(*arguments):
+        raise RuntimeError("a mistake of the compiler")
+
+    words = [*SMALL, "--epochs", "1", "--compile", "--run-dir", run]
+    monkeypatch.setattr(pretrain, "training_step", told_to_stop)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    with pytest.raises(common.cli.Refused, match="stopped while step 1 was compiled; this goes on: .*--resume"):
+        train(*words)
+    for number, handler in handlers.items():  # a run that was told to stop ignores what else comes
+        signal.signal(number, handler)
+    monkeypatch.setattr(pretrain, "training_step", broken)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        train("--resume", run)
+    monkeypatch.setattr(pretrain, "training_step", step)
+    train("--resume", run, "--no-compile")
+    assert log_of(run)[-1]["epoch"] == 1
