@@ -39,7 +39,7 @@ FEW_CELLS = "--lr 0.1 --lr 1 --weight-decay 0 --epochs 50"
 CROPS = "--augment crop --nesterov --weight-decay 5e-4"
 SCALES = {
     "smoke": Scale(f"--dataset shapes --size 12 --limit 80 --device cpu {CROPS}", 20, 0.1, 1,
-                   "--lr 1 --weight-decay 0 --epochs 1 --device cpu", 1),
+                   "--subset 0.02 --lr 1 --weight-decay 0 --epochs 1 --device cpu", 1),
     "cpu": Scale(f"--dataset folder --data data/cifar10-jpeg --size 16 --arch small {CROPS}", 128, 0.2, 4, FEW_CELLS, 3),
     "gpu": Scale(f"--dataset cifar10 --arch resnet18 {CROPS}", 512, 0.5, 10, FEW_CELLS, 3),
     "paper": Scale("--dataset cifar10 --arch resnet50", 1024, 0.5, 1000, "", 3),
