@@ -11,15 +11,21 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import click
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import linear_probe
 import pretrain
 from common.cli import Refused, say
+from common.data import generator, load_data
 from common.figures import pyplot, save
+from common.models import build_model
+from common.run_folder import load_checkpoint, load_state
+from common.views import draw_view, make_view
 
 # ---------------------------------------------------------------- how large
 
@@ -92,6 +98,28 @@ def place(about):
     """In words, from a config.json: what the numbers were made with."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return f"{about['device']}, {about['threads']} thread(s), {versions}, commit {about['commit']}"
+
+
+# ---------------------------------------------------------------- what a cell measures beside, of its run's folder
+
+
+def model_of(folder, trained=True):
+    """(the model of a run as it was trained, or else as it began; the contents of its checkpoint)."""
+    contents = load_checkpoint(folder / "ckpt.pt")
+    model = build_model(SimpleNamespace(**contents["config"]), None)
+    for name, part in model.named_children() if trained else ():
+        load_state(part, contents[name], folder)
+    return model, contents
+
+
+def views_of_test_images(contents, count, augment, views):
+    """(x, labels) of the first test images, view by view, as the run of the checkpoint would see them."""
+    config = contents["config"]
+    data = load_data(config["dataset"], config["data"], False, size=config["size"], limit=count)
+    size, crop_min, mean, std = config["size"], config["crop_min"], contents["mean"], contents["std"]
+    drawn = [draw_view(len(data.labels), size, augment, generator(config["seed"], 12, v), crop_min=crop_min)
+             for v in range(views)]
+    return torch.cat([make_view(data.images, view, mean, std) for view in drawn]), data.labels.repeat(views)
 
 
 # ---------------------------------------------------------------- all cells
@@ -181,12 +209,12 @@ def is_above(a, b, key="top1"):
     return "held" if difference > 0 else "not held"
 
 
-def compared(claim, paper, found, a, b):
+def compared(claim, paper, found, a, b, key="top1", unit=" %", digits=1):
     """The claim that the cell named a is above the one named b, or no claim where one of them has no result."""
     if not (a in found and b in found):
         return []
-    here = f"{spread(found[a])} against {spread(found[b])} %"
-    return [Claim(claim, paper, here, is_above(found[a], found[b]))]
+    here = f"{spread(found[a], key, digits)} against {spread(found[b], key, digits)}{unit}"
+    return [Claim(claim, paper, here, is_above(found[a], found[b], key))]
 
 
 COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999"  # Okabe and Ito's

@@ -11,7 +11,7 @@ from cells import SCALES, as_markdown, write_report
 
 from common.cli import run_command
 
-NAMES = "losses_compared", "supcon_against_cross_entropy", "stability"
+NAMES = "losses_compared", "supcon_against_cross_entropy", "stability", "temperature"
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
