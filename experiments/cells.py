@@ -46,7 +46,8 @@ CROPS = "--augment crop --nesterov --weight-decay 5e-4"
 SCALES = {
     "smoke": Scale(f"--dataset shapes --size 12 --limit 80 --device cpu {CROPS}", 20, 0.1, 1,
                    "--subset 0.02 --lr 1 --weight-decay 0 --epochs 1 --device cpu", 1),
-    "cpu": Scale(f"--dataset folder --data data/cifar10-jpeg --size 16 --arch small {CROPS}", 128, 0.2, 4, FEW_CELLS, 3),
+    "cpu": Scale(f"--dataset folder --data data/cifar10-jpeg --size 16 --arch small {CROPS}", 128, 0.2, 4,
+                 FEW_CELLS, 3),
     "gpu": Scale(f"--dataset cifar10 --arch resnet18 {CROPS}", 512, 0.5, 10, FEW_CELLS, 3),
     "paper": Scale("--dataset cifar10 --arch resnet50", 1024, 0.5, 1000, "", 3),
 }
@@ -73,19 +74,29 @@ def run_cell(name, cell, scale, seed, folder, more):
     """Trains and probes, and returns the result, a dict. folder: the run's. more: further words for the training."""
     train = f"{scale.train} {more} {cell.train} --seed {seed}"
     if any((folder / checkpoint).exists() for checkpoint in ("ckpt.pt", "ckpt-previous.pt")):
-        last = command(pretrain, f"--resume {shlex.quote(str(folder))}")
+        if not is_trained(folder):
+            command(pretrain, f"--resume {shlex.quote(str(folder))}")
     else:
-        last = command(pretrain, f"{train} --run-dir {shlex.quote(str(folder))}")
+        command(pretrain, f"{train} --run-dir {shlex.quote(str(folder))}")
+    if not is_trained(folder):
+        raise Refused(f"stopped in the cell {name}, seed {seed}: the same command goes on")
     about = json.loads((folder / "config.json").read_text())
     options = about["options"]
-    if last is None or last["epoch"] < options["epochs"]:
-        raise Refused(f"stopped in the cell {name}, seed {seed}: the same command goes on")
     probed = command(linear_probe, f"{shlex.quote(str(folder))} {scale.probe} {cell.probe}")
     result = {"cell": name, "seed": seed, "top1": probed["top1"], "knn": probed["knn_top1"], "ece": probed["ece"]}
     result |= {key: probed[key] for key in ("alignment", "uniformity", "tolerance", "train_top1", "held_out_top1")}
     result |= {"loss": options["loss"], "epochs": options["epochs"]}
     result |= cell.measure(folder) if cell.measure else {}
     return result | {"train": train, "probe": f"{scale.probe} {cell.probe}".strip(), "place": place(about)}
+
+
+def is_trained(folder):
+    """Whether the run in the folder has taken its last step."""
+    if not (folder / "ckpt.pt").exists():
+        return False
+    contents = load_checkpoint(folder / "ckpt.pt")
+    options = contents["config"]
+    return contents["step"] == options["epochs"] * (contents["images"] // options["batch"])
 
 
 def command(stage, words):
