@@ -1,4 +1,4 @@
-"""How much accuracy depends on augmentation, optimiser and learning rate (Khosla et al. 2020, figure 4, tables 8 and 9).
+"""Accuracy over augmentations, optimisers and learning rates (Khosla et al. 2020, figure 4, tables 8 and 9).
 
     python experiments/stability.py --scale cpu
 

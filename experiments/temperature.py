@@ -51,9 +51,8 @@ def measure(folder):
 
 
 def entropy_of_weights(z, tau, part=1):
-    """The mean entropy of r_i(s_ij) = exp(s_ij/tau) / sum over i's negatives (B eq. 5), in parts of that of equal weights
-    of all. Each row is an image, whose negatives are all other rows, or the nearest `part` of them. tau None: they weigh
-    the same."""
+    """The mean entropy of r_i(s_ij) = exp(s_ij/tau) / sum over i's negatives (B eq. 5), as a part of log |N(i)|. N(i)
+    is all other rows of z, one for each image; the nearest `part` of them have weights, equal ones without a tau."""
     negatives = len(z) - 1
     s = (z @ z.T).fill_diagonal_(-torch.inf).topk(max(1, round(min(part, 1) * negatives)), 1).values
     log_r = (s / (tau or math.inf)).log_softmax(1)
