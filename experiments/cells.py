@@ -20,11 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import linear_probe
 import pretrain
-from common.cli import Refused, say
+from common.cli import NotFinite, Refused, say
 from common.data import generator, load_data
 from common.figures import pyplot, save
 from common.models import build_model
-from common.run_folder import load_checkpoint, load_state
+from common.run_folder import load_checkpoint, load_state, newest_checkpoint
 from common.views import draw_view, make_view
 
 # ---------------------------------------------------------------- how large
@@ -73,28 +73,37 @@ class Cell(NamedTuple):
 def run_cell(name, cell, scale, seed, folder, more):
     """Trains and probes, and returns the result, a dict. folder: the run's. more: further words for the training."""
     train = f"{scale.train} {more} {cell.train} --seed {seed}"
-    if any((folder / checkpoint).exists() for checkpoint in ("ckpt.pt", "ckpt-previous.pt")):
-        if not is_trained(folder):
-            command(pretrain, f"--resume {shlex.quote(str(folder))}")
-    else:
-        command(pretrain, f"{train} --run-dir {shlex.quote(str(folder))}")
-    if not is_trained(folder):
+    diverged = train_run(train, folder)
+    if not (diverged or is_trained(folder)):
         raise Refused(f"stopped in the cell {name}, seed {seed}: the same command goes on")
     about = json.loads((folder / "config.json").read_text())
     options = about["options"]
     probed = command(linear_probe, f"{shlex.quote(str(folder))} {scale.probe} {cell.probe}")
     result = {"cell": name, "seed": seed, "top1": probed["top1"], "knn": probed["knn_top1"], "ece": probed["ece"]}
     result |= {key: probed[key] for key in ("alignment", "uniformity", "tolerance", "train_top1", "held_out_top1")}
-    result |= {"loss": options["loss"], "epochs": options["epochs"]}
+    result |= {"loss": options["loss"], "epochs": options["epochs"], "diverged": diverged}
     result |= cell.measure(folder) if cell.measure else {}
     return result | {"train": train, "probe": f"{scale.probe} {cell.probe}".strip(), "place": place(about)}
 
 
+def train_run(words, folder):
+    """Trains the run in the folder, or goes on with it. Returns whether it diverged: then its last good checkpoint is
+    what is probed."""
+    begun = any((folder / checkpoint).exists() for checkpoint in ("ckpt.pt", "ckpt-previous.pt"))
+    try:
+        if not begun:
+            command(pretrain, f"{words} --run-dir {shlex.quote(str(folder))}")
+        elif not is_trained(folder):
+            command(pretrain, f"--resume {shlex.quote(str(folder))}")
+    except NotFinite as e:
+        say(e.message)
+        return True
+    return False
+
+
 def is_trained(folder):
     """Whether the run in the folder has taken its last step."""
-    if not (folder / "ckpt.pt").exists():
-        return False
-    contents = load_checkpoint(folder / "ckpt.pt")
+    contents, _ = newest_checkpoint(folder)
     options = contents["config"]
     return contents["step"] == options["epochs"] * (contents["images"] // options["batch"])
 

@@ -44,7 +44,7 @@ def clean(results):
     return statistics.mean(values(results, "clean_accuracy"))
 
 
-def equally_good(found):
+def nearest_to_supcon(found):
     """The name of the cross-entropy whose clean accuracy is nearest to SupCon's, or None."""
     others = [name for name in found if name != SUPCON]
     if SUPCON in found and others:
@@ -59,7 +59,7 @@ def over_severities(results, key):
 def table(found):
     rows = []
     for name, r in found.items():
-        label = f"{name}, nearest to SupCon" if name == equally_good(found) else name
+        label = f"{name}, nearest to SupCon" if name == nearest_to_supcon(found) else name
         by_severity = " ".join(f"{ece:.3f}" for ece in over_severities(r, "eces"))
         rows.append([label, spread(r, "clean_accuracy"), spread(r, "mean_error"), by_severity, len(r)])
     return ["training", "clean top-1 %", "mean error over ten corruptions %", "calibration error, clean to 5",
@@ -68,9 +68,9 @@ def table(found):
 
 def draw(plt, found):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    shown = [name for name in (SUPCON, CE.format(1), equally_good(found)) if name in found]
+    shown = [name for name in (SUPCON, CE.format(1), nearest_to_supcon(found)) if name in found]
     for colour, name in zip(COLOURS, dict.fromkeys(shown)):
-        label = f"{name} (equally good)" if name == equally_good(found) else name
+        label = f"{name} (nearest on clean images)" if name == nearest_to_supcon(found) else name
         for axis, key in ((left, "accuracies"), (right, "eces")):
             axis.plot(range(6), over_severities(found[name], key), "o-", color=colour, label=label)
     for axis, words in ((left, "top-1, %"), (right, "expected calibration error")):
@@ -85,7 +85,7 @@ def claims(found):
     papers = {"mean_error": ("error", "ImageNet-C, mCE: 67.2 against 68.6 %", " %", 1),
               "mean_ece": ("calibration error", "ImageNet-C: 0.056 against 0.056", "", 3)}
     made = []
-    for rival, words in ((CE.format(1), "equal compute"), (equally_good(found), "equal clean accuracy")):
+    for rival, words in ((CE.format(1), "equal compute"), (nearest_to_supcon(found), "the nearest clean accuracy")):
         for key, (what, paper, unit, digits) in papers.items():
             if SUPCON in found and rival in found:
                 ours, theirs = found[SUPCON], found[rival]

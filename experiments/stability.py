@@ -3,12 +3,13 @@
     python experiments/stability.py --scale cpu
 
 One setting is changed at a time. A spread of accuracies at a high mean and one at a low mean are hard to compare: a
-point weighs more where few errors are left. So the spread is also given in parts of the mean error.
+point weighs more where few errors are left. So the spread is also given in parts of the mean error. Of a training that
+diverged the last good checkpoint is probed.
 """
 
 import statistics
 
-from cells import COLOURS, Cell, Claim, Experiment, is_above, main_of, spread, top1, trained
+from cells import COLOURS, Cell, Claim, Experiment, is_above, main_of, spread, top1, trained, values
 
 from common.cli import run_command
 
@@ -55,9 +56,14 @@ def table(found):
             if means:
                 rows.append([group, f"{loss}, {len(means)} settings", f"{statistics.mean(means):.1f}",
                              f"{deviation(means):.1f}", f"{relative_deviation(means):.2f}", ""])
-    rows += [["", name, spread(r), "", "", len(r)] for name, r in found.items()]
+    rows += [["", with_note(name, r), spread(r), "", "", len(r)] for name, r in found.items()]
     head = ["changed", "of", "probe top-1 %", "deviation over the settings", "the same / mean error", "seeds"]
     return head, rows
+
+
+def with_note(name, results):
+    diverged = sum(values(results, "diverged"))
+    return f"{name} (diverged: {diverged})" if diverged else name
 
 
 def draw(plt, found):
