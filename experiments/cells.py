@@ -7,6 +7,7 @@ ended and started again at any time. Two processes may share the work, each with
 """
 
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -168,6 +169,7 @@ def run_all(experiment, scale_name, seeds, only, results, runs, more):
     scale = SCALES[scale_name]
     path = results / f"{experiment.name}-{scale_name}.jsonl"
     results.mkdir(parents=True, exist_ok=True)
+    drop_cut_off_line(path)
     for seed in seeds or range(scale.seeds):
         for name, cell in experiment.cells(scale).items():
             done = (name, seed) in {(r["cell"], r["seed"]) for r in read(path)}
@@ -181,6 +183,13 @@ def run_all(experiment, scale_name, seeds, only, results, runs, more):
 
 def as_file_name(name):
     return "".join(c if c.isalnum() or c in "-." else "-" for c in name)
+
+
+def drop_cut_off_line(path):
+    """A line that was not written to its end goes, so that the next one begins where it began."""
+    if path.exists():
+        whole, newline, _ = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(whole + newline))
 
 
 def read(path):
