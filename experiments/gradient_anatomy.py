@@ -108,7 +108,8 @@ def draw(plt, found):
 def claims(found):
     words, paper = "a hard positive moves the anchor more than an easy one", "section 7: for both losses"
     return [Claim(f"{words}: {name} encoder", paper, f"{part['hard']:.2g} against {part['easy']:.2g}",
-                  "held" if part["hard"] > part["easy"] else "not held") for name, part in parts(found)]
+                  "held" if part["hard"] > part["easy"] else "not held")
+            for name, part in parts(found) if not name.endswith("untrained")]
 
 
 EXPERIMENT = Experiment("gradient_anatomy", "What each row of a batch contributes to an anchor's gradient", cells,

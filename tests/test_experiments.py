@@ -18,6 +18,8 @@ import gradient_anatomy
 import linear_probe
 import pretrain
 import report
+import robustness_and_calibration
+import stability
 import temperature
 from cells import Cell, Experiment, Scale, is_above, trained
 from children import Launch
@@ -60,6 +62,18 @@ def test_entropy_of_equal_weights_is_1_and_of_a_nearest_negative_alone_is_0():
     pairs = torch.eye(3).repeat(2, 1)
     assert temperature.entropy_of_weights(pairs, 0.01) == pytest.approx(0, abs=1e-6)
     assert temperature.entropy_of_weights(pairs, None) == pytest.approx(1)
+
+
+def test_a_deviation_is_given_in_parts_of_the_mean_error():
+    assert stability.relative_deviation([80, 90]) == pytest.approx(50**0.5 / 15)
+    assert stability.relative_deviation([97.5, 98.5]) == pytest.approx(0.5**0.5 / 2)
+
+
+def test_beside_supcon_stands_the_cross_entropy_of_the_nearest_clean_accuracy():
+    accuracy = {"SupCon": (80, 82), "cross-entropy, 1 x": (85, 86), "cross-entropy, 0.5 x": (79, 82)}
+    found = {name: [{"clean_accuracy": value} for value in seeds] for name, seeds in accuracy.items()}
+    assert robustness_and_calibration.nearest_to_supcon(found) == "cross-entropy, 0.5 x"
+    assert robustness_and_calibration.nearest_to_supcon({"SupCon": found["SupCon"]}) is None
 
 
 def test_what_rows_contribute_to_a_gradient_has_the_norms_of_the_closed_form():
