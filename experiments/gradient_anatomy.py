@@ -8,7 +8,7 @@ P for a negative. It is measured beside. A positive at s = 1 is easy: the anchor
 
 import torch
 import torch.nn.functional as F
-from cells import COLOURS, Cell, Claim, Experiment, main_of, model_of, trained, values, views_of_test_images
+from cells import COLOURS, Cell, Claim, Experiment, main_of, model_of, trained, views_of_test_images
 
 import losses
 from common.cli import run_command
@@ -37,40 +37,44 @@ def measure(folder):
 
 
 def anatomy(z, y, tau, variant):
-    """The rows that the first anchor meets, each as (s, whether it is a positive, closed form, measured); the mean
-    gradients of the harder and the easier half of all anchors' positives; and how far measured and closed form part."""
-    rows = [torch.stack([*closed_form(z, y, i, tau, variant), measured(z, y, i, tau, variant)], 1)
-            for i in range(ANCHORS)]
-    s, positive, closed, seen = torch.cat(rows).T
-    harder = s <= s[positive == 1].median()
-    hard, easy = (seen[(positive == 1) & half].mean().item() for half in (harder, ~harder))
-    return {"anchor": [[round(v, 5) for v in row] for row in rows[0].tolist()], "hard": hard, "easy": easy,
+    """The rows that the first anchor meets, each as (s, whether it is a positive, measured norm), and its sums; the mean
+    norms of the harder and the easier half of all anchors' positives; how far these part from the closed form."""
+    anchors = [(*rows_of(z, y, i), measured(z, y, i, tau, variant)) for i in range(ANCHORS)]
+    closed = torch.cat([closed_form(s, p, sums_of(s, p, tau), tau, variant) for s, p, _ in anchors])
+    s, p, seen = map(torch.cat, zip(*anchors))
+    harder = s <= s[p].median()
+    drawn = torch.stack([column.double() for column in anchors[0]], 1)
+    return {"tau": tau, "variant": variant, "anchor": drawn.tolist(), "sums": sums_of(*anchors[0][:2], tau),
+            "hard": seen[p & harder].mean().item(), "easy": seen[p & ~harder].mean().item(),
             "deviation": (closed - seen).abs().max().item()}
 
 
-def others(z, y, i):
-    """(z, whether it is a positive) of the rows of A(i)."""
-    kept = torch.arange(len(z)) != i
-    return z[kept], y[kept] == y[i]
+def rows_of(z, y, i):
+    """(s, whether it is a positive) of the rows of A(i)."""
+    others = torch.arange(len(z)) != i
+    return (z @ z[i])[others], y[others] == y[i]
 
 
-def closed_form(z, y, i, tau, variant):
-    """(s, whether it is a positive, the norm of what it contributes) of each row of A(i)."""
-    rows, p = others(z, y, i)
-    s = rows @ z[i]
-    P = (s / tau).softmax(0)
-    X = p / p.sum() if variant == "out" else (s / tau).masked_fill(~p, -torch.inf).softmax(0)
-    return s, p.to(s), (1 - s.square()).clamp(min=0).sqrt() * (P - X).abs() / tau
+def sums_of(s, p, tau):
+    """|P(i)|, and the logarithms of the sums of exp(s/tau) over A(i) and over P(i)."""
+    return [p.sum().item(), (s / tau).logsumexp(0).item(), (s[p] / tau).logsumexp(0).item()]
+
+
+def closed_form(s, p, sums, tau, variant):
+    """The norms of what rows at s contribute, to an anchor with these sums. p: whether they are positives."""
+    count, log_all, log_positives = sums
+    P = (s / tau - log_all).exp()
+    X = 1 / count if variant == "out" else (s / tau - log_positives).exp()
+    return (1 - s.square()).clamp(min=0).sqrt() * (P - p * X).abs() / tau
 
 
 def measured(z, y, i, tau, variant):
     """The norms of what the rows contribute, as the loss gives them. Each row meets a copy of the anchor of its own, in
     columns of its own; the gradient in the copy is then what this row contributes."""
-    rows, p = others(z, y, i)
-    copies = z[i].repeat(len(rows), 1).requires_grad_()
-    contrasts = torch.block_diag(*rows[:, None])  # (N, N D)
-    label = torch.ones(1, dtype=torch.long)
-    loss = losses.supcon_against(F.normalize(copies).reshape(1, -1), label, contrasts, p.long(), tau, variant=variant)
+    others = torch.arange(len(z)) != i
+    copies = z[i].repeat(len(z) - 1, 1).requires_grad_()
+    anchor, contrasts = F.normalize(copies).reshape(1, -1), torch.block_diag(*z[others, None])  # (N, N D)
+    loss = losses.supcon_against(anchor, y[i : i + 1], contrasts, y[others], tau, variant=variant)
     return torch.autograd.grad(loss, copies)[0].norm(dim=1)
 
 
@@ -91,9 +95,10 @@ def draw(plt, found):
     figure, axes = plt.subplots(2, 2, figsize=(9, 7.5), sharex=True, layout="constrained")
     for axis, (name, part) in zip(axes.flat, parts(found)):
         for colour, is_positive, words in ((COLOURS[0], 1, "positive"), (COLOURS[5], 0, "negative")):
-            rows = sorted(row for row in part["anchor"] if row[1] == is_positive)
-            s, closed, seen = (values(rows, column) for column in (0, 2, 3))
-            axis.plot(s, closed, color=colour, linewidth=1, label=f"{words}s, closed form")
+            s, seen = zip(*[(s, norm) for s, p, norm in part["anchor"] if p == is_positive])
+            between = torch.linspace(min(s), max(s), 200)
+            form = closed_form(between, is_positive, part["sums"], part["tau"], part["variant"])
+            axis.plot(between.tolist(), form.tolist(), color=colour, linewidth=1, label=f"{words}s, closed form")
             axis.plot(s, seen, "o", color=colour, alpha=0.5, markersize=5, label=f"a {words}, measured")
         axis.set_title(f"{name} encoder")
         axis.grid(alpha=0.3)

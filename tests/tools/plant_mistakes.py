@@ -546,8 +546,9 @@ MISTAKES = {
         ("an image is its own negative", ".fill_diagonal_(-torch.inf).topk", ".topk", "experiments"),
     ],
     "experiments/gradient_anatomy.py": [
-        ("X of L_out for L_in", 'if variant == "out" else (s / tau).masked_fill(~p, -torch.inf).softmax(0)', "",
+        ("X of L_out for L_in", '1 / count if variant == "out" else (s / tau - log_positives).exp()', "1 / count",
          "experiments"),
+        ("a negative has an X", "(P - p * X)", "(P - X)", "experiments"),
     ],
     "tests/oracles.py": [
         ("oracle: bins [a, b)",
