@@ -23,6 +23,10 @@ class Refused(click.ClickException):
         super().__init__(message)
 
 
+class NotFinite(Refused):
+    """A training whose loss or weights are no numbers any more. Its last good checkpoint is kept."""
+
+
 def is_first():
     """Whether this process is rank 0, or no rank of a torchrun at all."""
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"

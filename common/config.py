@@ -5,6 +5,7 @@ other options, and refuses what contradicts itself. `fit_to_data` does the same 
 """
 
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
@@ -104,14 +105,17 @@ class Config:
 
     # Loss
     loss: str = option("supcon", one_of(OBJECTIVES), "The training objective.")
-    tau: float = option(None, POSITIVE, "Temperature.", "0.1; 0.5 for simclr")
+    tau: float = option(None, POSITIVE, "Temperature.", "0.1; 0.5 for simclr and hard-contrastive")
     loss_scale: float = option(None, POSITIVE, "Factor of the contrastive loss.",
-                        "tau/0.07 for supcon, supcon-in and simclr, as in the reference code; else 1")
+                        "tau/0.07 for supcon, supcon-in, simclr and hard-contrastive, as in the reference code; else 1")
     denominator: str = option("all", one_of(["all", "one_positive", "negatives"]),
                         "Of supcon and supcon-in: all other rows, as in the paper, or the negatives with or without "
                         "the one positive.")
     positives_cap: int = option(None, click.IntRange(0, LARGEST),
                         "Positives that an anchor of supcon and supcon-in keeps beside its own image's views.", "all")
+    nearest: int = option(None, COUNT, "Negatives that an anchor of hard-contrastive and simple-contrastive keeps.",
+                        "8.19 % of them for hard-contrastive, as in the paper; all for simple-contrastive")
+    lam: float = option(None, NOT_NEGATIVE, "Weight of each negative in simple-contrastive.", "1 / --nearest")
     margin: float = option(None, NOT_NEGATIVE, "Margin of triplet and max-margin.", "0.2 for triplet, 1 for max-margin")
     mining: str = option("semihard", one_of(["semihard", "hard", "all"]), "Which triplets count.")
     npair_l2: float = option(0.02, NOT_NEGATIVE, "Weight of the mean squared norm in n-pair.")
@@ -225,6 +229,8 @@ def read(context, resume, options):
 
 
 MEANT_FOR = [  # (options, whether they have a meaning in a config, where they have one)
+    (["nearest"], lambda c: OBJECTIVES[c.loss].nearest, "--loss hard-contrastive and simple-contrastive"),
+    (["lam"], lambda c: OBJECTIVES[c.loss].has_lam, "--loss simple-contrastive"),
     (["margin"], lambda c: OBJECTIVES[c.loss].margin is not None, "--loss triplet and max-margin"),
     (["mining"], lambda c: c.loss == "triplet", "--loss triplet"),
     (["npair_l2"], lambda c: OBJECTIVES[c.loss].pairs, "--loss n-pair"),
@@ -313,12 +319,21 @@ def fill_in_defaults(config):
     objective, light = OBJECTIVES[config.loss], config.dataset == "shapes"
     fill_in(config, arch="small" if light else "resnet50", batch=64 if light else 1024, epochs=12 if light else 1000)
     fill_in(config, tau=objective.tau, margin=objective.margin, views=objective.views)
+    if objective.nearest:
+        fill_in(config, nearest=math.ceil(objective.nearest * negatives_of_an_image(config)))
+    if objective.has_lam:
+        fill_in(config, lam=1 / config.nearest)
     fill_in(config, warmup=min(10.0, config.epochs / 10))
     if config.lr_per_256:
         fill_in(config, lr=config.lr_per_256 * config.batch / 256)
     fill_in(config, lr=objective.lr * config.batch / 1024,
         run=f"runs/{config.dataset}-{config.arch}-{config.loss}-s{config.seed}")
     fill_in(config, warmup_from=min(0.01, config.lr), loss_scale=config.tau / 0.07 if objective.scaled else 1.0)
+
+
+def negatives_of_an_image(config):
+    """How many rows of a batch show another image."""
+    return config.views * (config.batch - 1)
 
 
 def complete(config, world):
@@ -353,6 +368,10 @@ def complete(config, world):
             "--denominator and --positives-cap go with hard labels of one batch: leave --queue and --mix out")
     require((config.positives_cap or 0) % config.views == 0,
             f"--positives-cap {config.positives_cap} is not a multiple of --views {config.views}: choose one that is")
+
+    negatives = negatives_of_an_image(config)
+    require((config.nearest or 0) <= negatives,
+            f"--nearest {config.nearest} is more than the {negatives} negatives of an anchor: lower it")
 
     share = config.batch // world  # of a rank
     at_a_time = config.micro_batch or share

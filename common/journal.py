@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import Refused, say
+from common.cli import NotFinite, say
 from common.objectives import collapse_and_floor
 from common.optim import learning_rate
 from common.run_folder import RunFolder, describe_run
@@ -167,5 +167,5 @@ class Journal:
 
     def not_finite(self, what, step, lr):
         last = f"the last good checkpoint is {self.folder.path}/ckpt.pt of step {self.saved}"
-        return Refused(f"{what} at step {step} (learning rate {lr:.4g}): "
-                       f"start again with a lower --lr or a longer --warmup; {last}")
+        return NotFinite(f"{what} at step {step} (learning rate {lr:.4g}): "
+                         f"start again with a lower --lr or a longer --warmup; {last}")

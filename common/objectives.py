@@ -48,6 +48,16 @@ def nt_xent(config, z, y, images, queue):
     return losses.supcon_sharded(z, images.repeat(config.views), config.tau, queue=queue)
 
 
+def hard_contrastive(config, z, y, images, queue):
+    z = gather_views(z, config.views)  # every rank looks at all rows
+    return losses.hard_contrastive(z, config.tau, config.nearest, views=config.views)
+
+
+def simple_contrastive(config, z, y, images, queue):
+    z = gather_views(z, config.views)
+    return losses.simple_contrastive(z, config.lam, views=config.views, k=config.nearest)
+
+
 def triplet(config, z, y, images, queue):
     z, y = gather_views(z, config.views), gather_views(y, config.views)  # every rank looks at all rows
     return losses.triplet(z, y, config.margin, mining=config.mining)
@@ -81,6 +91,8 @@ class Objective(NamedTuple):
     lr: float = 0.5  # per 1024 images
     tau: float | None = None  # None: has no temperature
     margin: float | None = None  # None: has no margin
+    nearest: float | None = None  # the part of the negatives that an anchor keeps; None: cannot leave any out
+    has_lam: bool = False  # whether its negatives have a weight
     scaled: bool = False  # by tau/0.07, as the reference code scales its contrastive losses
     labels: bool = True  # whether it reads them
     soft: bool = False  # whether it takes class probabilities
@@ -95,6 +107,8 @@ OBJECTIVES = {
     "supcon": Objective(supcon_out, tau=0.1, scaled=True, soft=True, queue=True, marks=True),
     "supcon-in": Objective(supcon_in, tau=0.1, scaled=True, soft=True, queue=True, marks=True),
     "simclr": Objective(nt_xent, tau=0.5, scaled=True, labels=False, queue=True, views_min=2, marks=True),
+    "hard-contrastive": Objective(hard_contrastive, tau=0.5, scaled=True, labels=False, views_min=2, nearest=0.0819),
+    "simple-contrastive": Objective(simple_contrastive, labels=False, views_min=2, nearest=1, has_lam=True),
     "triplet": Objective(triplet, margin=0.2),
     "n-pair": Objective(n_pair, views=1, lr=0.1, pairs=True, unit=False),
     "max-margin": Objective(max_margin, margin=1.0),

@@ -7,19 +7,26 @@ ended and started again at any time. Two processes may share the work, each with
 """
 
 import json
+import os
 import shlex
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import click
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import linear_probe
 import pretrain
-from common.cli import Refused, say
+from common.cli import NotFinite, Refused, say
+from common.data import generator, load_data
 from common.figures import pyplot, save
+from common.models import build_model
+from common.run_folder import load_checkpoint, load_state, newest_checkpoint
+from common.views import draw_view, make_view
 
 # ---------------------------------------------------------------- how large
 
@@ -39,8 +46,9 @@ FEW_CELLS = "--lr 0.1 --lr 1 --weight-decay 0 --epochs 50"
 CROPS = "--augment crop --nesterov --weight-decay 5e-4"
 SCALES = {
     "smoke": Scale(f"--dataset shapes --size 12 --limit 80 --device cpu {CROPS}", 20, 0.1, 1,
-                   "--lr 1 --weight-decay 0 --epochs 1 --device cpu", 1),
-    "cpu": Scale(f"--dataset folder --data data/cifar10-jpeg --size 16 --arch small {CROPS}", 128, 0.2, 4, FEW_CELLS, 3),
+                   "--subset 0.02 --lr 1 --weight-decay 0 --epochs 1 --device cpu", 1),
+    "cpu": Scale(f"--dataset folder --data data/cifar10-jpeg --size 16 --arch small {CROPS}", 128, 0.2, 4,
+                 FEW_CELLS, 3),
     "gpu": Scale(f"--dataset cifar10 --arch resnet18 {CROPS}", 512, 0.5, 10, FEW_CELLS, 3),
     "paper": Scale("--dataset cifar10 --arch resnet50", 1024, 0.5, 1000, "", 3),
 }
@@ -66,20 +74,39 @@ class Cell(NamedTuple):
 def run_cell(name, cell, scale, seed, folder, more):
     """Trains and probes, and returns the result, a dict. folder: the run's. more: further words for the training."""
     train = f"{scale.train} {more} {cell.train} --seed {seed}"
-    if any((folder / checkpoint).exists() for checkpoint in ("ckpt.pt", "ckpt-previous.pt")):
-        last = command(pretrain, f"--resume {shlex.quote(str(folder))}")
-    else:
-        last = command(pretrain, f"{train} --run-dir {shlex.quote(str(folder))}")
+    diverged = train_run(train, folder)
+    if not (diverged or is_trained(folder)):
+        raise Refused(f"stopped in the cell {name}, seed {seed}: the same command goes on")
     about = json.loads((folder / "config.json").read_text())
     options = about["options"]
-    if last is None or last["epoch"] < options["epochs"]:
-        raise Refused(f"stopped in the cell {name}, seed {seed}: the same command goes on")
     probed = command(linear_probe, f"{shlex.quote(str(folder))} {scale.probe} {cell.probe}")
     result = {"cell": name, "seed": seed, "top1": probed["top1"], "knn": probed["knn_top1"], "ece": probed["ece"]}
     result |= {key: probed[key] for key in ("alignment", "uniformity", "tolerance", "train_top1", "held_out_top1")}
-    result |= {"loss": options["loss"], "epochs": options["epochs"]}
+    result |= {"loss": options["loss"], "epochs": options["epochs"], "diverged": diverged}
     result |= cell.measure(folder) if cell.measure else {}
     return result | {"train": train, "probe": f"{scale.probe} {cell.probe}".strip(), "place": place(about)}
+
+
+def train_run(words, folder):
+    """Trains the run in the folder, or goes on with it. Returns whether it diverged: then its last good checkpoint is
+    what is probed."""
+    begun = any((folder / checkpoint).exists() for checkpoint in ("ckpt.pt", "ckpt-previous.pt"))
+    try:
+        if not begun:
+            command(pretrain, f"{words} --run-dir {shlex.quote(str(folder))}")
+        elif not is_trained(folder):
+            command(pretrain, f"--resume {shlex.quote(str(folder))}")
+    except NotFinite as e:
+        say(e.message)
+        return True
+    return False
+
+
+def is_trained(folder):
+    """Whether the run in the folder has taken its last step."""
+    contents, _ = newest_checkpoint(folder)
+    options = contents["config"]
+    return contents["step"] == options["epochs"] * (contents["images"] // options["batch"])
 
 
 def command(stage, words):
@@ -92,6 +119,28 @@ def place(about):
     """In words, from a config.json: what the numbers were made with."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return f"{about['device']}, {about['threads']} thread(s), {versions}, commit {about['commit']}"
+
+
+# ---------------------------------------------------------------- what a cell measures beside, of its run's folder
+
+
+def model_of(folder, trained=True):
+    """(the model of a run as it was trained, or else as it began; the contents of its checkpoint)."""
+    contents = load_checkpoint(folder / "ckpt.pt")
+    model = build_model(SimpleNamespace(**contents["config"]), None)
+    for name, part in model.named_children() if trained else ():
+        load_state(part, contents[name], folder)
+    return model, contents
+
+
+def views_of_test_images(contents, count, augment, views):
+    """(x, labels) of the first test images, view by view, as the run of the checkpoint would see them."""
+    config = contents["config"]
+    data = load_data(config["dataset"], config["data"], False, size=config["size"], limit=count)
+    size, crop_min, mean, std = config["size"], config["crop_min"], contents["mean"], contents["std"]
+    drawn = [draw_view(len(data.labels), size, augment, generator(config["seed"], 12, v), crop_min=crop_min)
+             for v in range(views)]
+    return torch.cat([make_view(data.images, view, mean, std) for view in drawn]), data.labels.repeat(views)
 
 
 # ---------------------------------------------------------------- all cells
@@ -120,6 +169,7 @@ def run_all(experiment, scale_name, seeds, only, results, runs, more):
     scale = SCALES[scale_name]
     path = results / f"{experiment.name}-{scale_name}.jsonl"
     results.mkdir(parents=True, exist_ok=True)
+    drop_cut_off_line(path)
     for seed in seeds or range(scale.seeds):
         for name, cell in experiment.cells(scale).items():
             done = (name, seed) in {(r["cell"], r["seed"]) for r in read(path)}
@@ -133,6 +183,13 @@ def run_all(experiment, scale_name, seeds, only, results, runs, more):
 
 def as_file_name(name):
     return "".join(c if c.isalnum() or c in "-." else "-" for c in name)
+
+
+def drop_cut_off_line(path):
+    """A line that was not written to its end goes, so that the next one begins where it began."""
+    if path.exists():
+        whole, newline, _ = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(whole + newline))
 
 
 def read(path):
@@ -181,12 +238,12 @@ def is_above(a, b, key="top1"):
     return "held" if difference > 0 else "not held"
 
 
-def compared(claim, paper, found, a, b):
+def compared(claim, paper, found, a, b, key="top1", unit=" %", digits=1):
     """The claim that the cell named a is above the one named b, or no claim where one of them has no result."""
     if not (a in found and b in found):
         return []
-    here = f"{spread(found[a])} against {spread(found[b])} %"
-    return [Claim(claim, paper, here, is_above(found[a], found[b]))]
+    here = f"{spread(found[a], key, digits)} against {spread(found[b], key, digits)}{unit}"
+    return [Claim(claim, paper, here, is_above(found[a], found[b], key))]
 
 
 COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999"  # Okabe and Ito's

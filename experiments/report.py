@@ -11,7 +11,8 @@ from cells import SCALES, as_markdown, write_report
 
 from common.cli import run_command
 
-NAMES = "losses_compared", "supcon_against_cross_entropy"
+NAMES = ("losses_compared", "supcon_against_cross_entropy", "stability", "temperature", "batch_and_positives",
+         "label_noise", "robustness_and_calibration", "few_labels", "gradient_anatomy")
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})

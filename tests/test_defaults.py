@@ -71,6 +71,8 @@ def test_a_run_on_shapes_is_small():
         ("supcon", 0.1, 0.1 / 0.07, 2, 0.5),
         ("supcon-in", 0.1, 0.1 / 0.07, 2, 0.5),
         ("simclr", 0.5, 0.5 / 0.07, 2, 0.5),
+        ("hard-contrastive", 0.5, 0.5 / 0.07, 2, 0.5),
+        ("simple-contrastive", None, 1, 2, 0.5),
         ("triplet", None, 1, 2, 0.5),
         ("n-pair", None, 1, 1, 0.1),
         ("max-margin", None, 1, 2, 0.5),
@@ -82,6 +84,14 @@ def test_temperature_scale_views_and_rate_go_with_the_loss_and_the_rate_with_the
         config = completed("--dataset", "cifar10", "--loss", loss, "--batch", str(batch))
         assert (config.tau, config.views) == (tau, views)
         assert config.lr == pytest.approx(rate * batch / 1024) and config.loss_scale == pytest.approx(scale)
+
+
+def test_an_anchor_keeps_the_papers_part_of_the_negatives_or_all_and_their_weights_add_up_to_1():
+    """Wang & Liu 2021 keep 4095 of 50,000, which is 0.0819; here an anchor has 2 (batch - 1) negatives."""
+    hard, simple = (completed("--loss", f"{name}-contrastive", "--batch", "51") for name in ("hard", "simple"))
+    assert (hard.nearest, hard.lam) == (9, None) and (simple.nearest, simple.lam) == (100, pytest.approx(0.01))
+    assert completed("--loss", "simple-contrastive", "--nearest", "4").lam == 0.25
+    assert (completed().nearest, completed().lam) == (None, None)
 
 
 def test_the_scale_of_the_loss_follows_tau_and_is_1_where_it_is_said_so():

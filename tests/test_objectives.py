@@ -22,6 +22,8 @@ DEFAULTS = {
     "tau": 0.3,
     "loss_scale": 1.0,
     "margin": None,
+    "nearest": None,
+    "lam": None,
     "mining": "semihard",
     "npair_l2": 0.0,
     "num_classes": 3,
@@ -60,6 +62,10 @@ def test_every_loss_of_that_name_is_the_oracles():
             assert value(z, y, loss=name, **how) == pytest.approx(loss(a, b, 0.3, **how, views=V))
             assert value(z, y, loss=name, **how) != pytest.approx(loss(a, b, 0.3))
     assert value(z, y, loss="simclr") == pytest.approx(ref.nt_xent(a, 0.3))
+    for k in (1, 4, (n - 1) * V):
+        hard, simple = value(z, y, loss="hard-contrastive", nearest=k), ref.simple_contrastive(a, 0.2, k=k)
+        assert hard == pytest.approx(ref.hard_contrastive(a, 0.3, k))
+        assert value(z, y, loss="simple-contrastive", nearest=k, lam=0.2) == pytest.approx(simple)
     for mining in ("semihard", "hard", "all"):
         assert value(z, y, loss="triplet", mining=mining) == pytest.approx(ref.triplet(a, b, 0.2, mining=mining))
         wide = value(z, y, loss="triplet", mining=mining, margin=0.7)

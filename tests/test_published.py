@@ -294,6 +294,8 @@ def test_defaults_of_the_losses_are_the_papers_and_the_reference_codes():
         "supcon": (0.1, 2, 0.5, True),
         "supcon-in": (0.1, 2, 0.5, True),
         "simclr": (0.5, 2, 0.5, True),
+        "hard-contrastive": (0.5, 2, 0.5, True),
+        "simple-contrastive": (None, 2, 0.5, False),
         "triplet": (None, 2, 0.5, False),
         "n-pair": (None, 1, 0.1, False),
         "max-margin": (None, 2, 0.5, False),

@@ -23,6 +23,8 @@ LOSSES = {
     "supcon": ["--ce-weight", "0.3", "--denominator", "one_positive", "--positives-cap", "2"],
     "n-pair": ["--lr", "0.001"],
     "triplet": ["--mining", "hard"],
+    "hard-contrastive": ["--nearest", "3"],
+    "simple-contrastive": ["--nearest", "7"],
     "simclr": ["--augment", "stacked-rand"],
     "ce": [],
     "supcon-in": ["--queue", "60", "--momentum-encoder", "0.5"],
