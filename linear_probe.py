@@ -28,7 +28,7 @@ from torch import nn
 import losses
 from common.cli import Refused, run_command, say
 from common.config import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, refuse_two_rates
-from common.data import DATASETS, STREAMS, Data, generator, load_data, require_same_classes, stratified, take
+from common.data import DATASETS, STREAMS, Data, generator, load_data, stratified, take, with_classes_of
 from common.figures import draw_probe, pyplot
 from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, load_encoder, write_classifier
 from common.frozen import write_json
@@ -232,7 +232,7 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
         train, test = seen_and_left_out(frozen.config, source)
     else:
         train, test = load_data(dataset, data, True, limit=limit, **source), load_data(dataset, data, False, **source)
-    require_same_classes(train, test, data)
+    test = with_classes_of(train, test, data)
     if len(train.classes) < 2:
         raise Refused(f"--data {data} has one class alone: a classifier needs two")
     if subset < 1:

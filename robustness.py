@@ -27,9 +27,10 @@ import torchvision
 from common.cli import Refused, run_command, say
 from common.config import require
 from common.corruptions import MADE, NAMES, corrupt
-from common.data import Data, generator, load_data, read_image, resize_and_crop, resize_square
+from common.data import Data, generator, load_data, resize_square
 from common.figures import draw_robustness, pyplot
 from common.frozen import fingerprint, load_classifier, write_json
+from common.images import read_image, resize_and_crop
 from common.metrics import reliability
 from common.ranks import choose_device
 from common.run_folder import suffix

@@ -15,7 +15,8 @@ import torch
 from click.core import ParameterSource
 
 from common.cli import Refused, say
-from common.data import DATASETS, SMALL, STREAMS
+from common.data import DATASETS, STREAMS
+from common.images import SMALL
 from common.models import ARCHS
 from common.objectives import OBJECTIVES, is_masked
 from common.presets import PRESETS, describe

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from common.data import SMALL as PIXELS_OF_SMALL
+from common.images import SMALL as PIXELS_OF_SMALL
 
 NAMES = (  # the fifteen of the benchmark
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.transforms.v2 import functional as TF
 
-from common.cli import Refused
+from common.cli import Refused, say
+from common.images import list_folder, read_image, resize_and_crop
 
 
 class Missing(Refused):
@@ -30,7 +31,6 @@ class Data(NamedTuple):
     files: list | None = None  # the path of every image of a streamed folder
 
 
-SMALL = 64  # pixels; larger images are blurred, resized and augmented as ImageNet's are
 SAMPLE = 10_000  # images that mean and standard deviation are measured on
 DATASETS = ("cifar10", "cifar100", "svhn", "fashionmnist", "folder", "shapes")
 MEAN_STD = {  # the reference code's; every other data set is measured
@@ -65,7 +65,7 @@ def load(config, download, with_test):
         with contextlib.suppress(Missing):
             test = load_data(config.dataset, config.data, False, **source)
     if test is not None:
-        require_same_classes(data, test, config.data)
+        test = with_classes_of(data, test, config.data)
     if config.subset < 1:
         data = take(data, stratified(data.labels, config.subset, generator("subset", config.seed)))
     if config.label_noise:
@@ -107,15 +107,22 @@ def load_data(dataset, root, train, *, size=None, download=True, limit=None, str
     return Data(resize_square(images, size) if size else images, labels, list(classes))
 
 
-def require_same_classes(train, test, root):
-    """A label is a place in the list of classes: it means the same in two sets only if their lists are the same."""
-    if train.classes != test.classes:
-        raise Refused(f"--data {root}: the training and the test set differ in their classes: give them the same "
-            f"folders")
+def with_classes_of(train, test, root):
+    """The test set with its labels as places in the training set's list of classes, of which it may lack some."""
+    if test.classes == train.classes:
+        return test
+    unknown = [name for name in test.classes if name not in train.classes]
+    if unknown:
+        raise Refused(f"--data {root}: the test set has a class {unknown[0]}, and the training set has none of that "
+                      "name: give them the same folders")
+    missing = [name for name in train.classes if name not in test.classes]
+    say(f"{root}: the test set lacks {len(missing)} of the {len(train.classes)} classes, {missing[0]} for one")
+    places = torch.tensor([train.classes.index(name) for name in test.classes])
+    return test._replace(labels=places[test.labels], classes=train.classes)
 
 
 def load_folder(root, train, size, limit=None, stream=False):
-    """The images of torchvision's ImageFolder in root/train, or in root/test or root/val, shuffled by a fixed seed."""
+    """The images of the classes' folders in root/train, or in root/test or root/val, shuffled by a fixed seed."""
     names = ["train"] if train else ["test", "val"]
     try:
         found = [Path(root, name) for name in names if Path(root, name).is_dir()]
@@ -123,35 +130,23 @@ def load_folder(root, train, size, limit=None, stream=False):
         raise Refused(f"--data {str(root)[:80]} cannot be read ({e.strerror}): name another folder") from e
     if not found:
         raise Missing(f"--data {root} has no folder {' or '.join(names)}: --dataset folder wants DIR/train/CLASS/*.jpg")
-    try:
-        folder = torchvision.datasets.ImageFolder(found[0])
-    except FileNotFoundError as e:
-        raise Refused(f"--data {found[0]}: {str(e).splitlines()[0]}") from e
+    folder = list_folder(found[0])
+    order = torch.randperm(len(folder.files), generator=generator("folder"))[:limit].tolist()
+    files, labels = [folder.files[i] for i in order], [folder.labels[i] for i in order]
 
-    def load(sample):
-        return resize_and_crop(read_image(sample[0]), size)
+    def load(path):
+        return resize_and_crop(read_image(path), size)
 
-    order = torch.randperm(len(folder.samples), generator=generator("folder"))[:limit]
-    samples = [folder.samples[i] for i in order.tolist()]
-    n = min(SAMPLE, len(samples)) if stream else len(samples)
+    n = min(SAMPLE, len(files)) if stream else len(files)
     try:
         images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     except RuntimeError as e:
         raise Refused(f"{n} images at --size {size} do not fit into memory: "
                       "lower --size or --limit, or try --stream") from e
     with ThreadPoolExecutor() as pool:
-        for row, image in enumerate(pool.map(load, samples[:n])):
+        for row, image in enumerate(pool.map(load, files[:n])):
             images[row] = image
-    files, labels = zip(*samples)
-    return Data(images, torch.tensor(labels), folder.classes, list(files) if stream else None)
-
-
-def read_image(path):
-    """(3, H, W) uint8, RGB whatever the file holds."""
-    try:
-        return TF.pil_to_tensor(torchvision.datasets.folder.default_loader(path))
-    except Exception as e:  # Pillow's errors have no common class
-        raise Refused(f"{path} is not a readable image: mend or remove it") from e
+    return Data(images, torch.tensor(labels), folder.classes, files if stream else None)
 
 
 def take(data, rows):
@@ -186,16 +181,6 @@ def mean_and_std(dataset, images):
     mean = share @ value
     std = (share * (value - mean[:, None]).square()).sum(1).sqrt()
     return mean.float(), std.clamp(min=1e-3).float()
-
-
-def resize_and_crop(image, size):
-    """The middle of an image, `size` pixels square; an image of that size stays as it is.
-
-    The shorter side is resized to 8/7 of `size` first (256 for 224, as for ImageNet), or, up to 64 pixels, to `size`.
-    """
-    if image.shape[-2:] == (size, size):
-        return image
-    return TF.center_crop(TF.resize(image, size * 8 // 7 if size > SMALL else size, antialias=True), size)
 
 
 def resize_square(images, size):

@@ -37,8 +37,10 @@ def measure(folder):
 
 
 def anatomy(z, y, tau, variant):
-    """The rows that the first anchor meets, each as (s, whether it is a positive, measured norm), and its sums; the mean
-    norms of the harder and the easier half of all anchors' positives; how far these part from the closed form."""
+    """The rows that the first anchor meets, each as (s, whether it is a positive, measured norm), and its sums.
+
+    Also the mean norms of the harder and the easier half of all anchors' positives, and how far the closed form is off.
+    """
     anchors = [(*rows_of(z, y, i), measured(z, y, i, tau, variant)) for i in range(ANCHORS)]
     closed = torch.cat([closed_form(s, p, sums_of(s, p, tau), tau, variant) for s, p, _ in anchors])
     s, p, seen = map(torch.cat, zip(*anchors))

@@ -147,13 +147,13 @@ def test_bad_options_give_one_line_and_status_2(arguments, words, tmp_path, monk
 
 def folder_without_classes(here, ckpt):
     (here / "train").mkdir()
-    return pretrain, [*FOLDER, "--data", here], "train: Couldn't find any class folder"
+    return pretrain, [*FOLDER, "--data", here], "train has no folder in it: --dataset folder wants DIR/train/CLASS"
 
 
 def folder_with_an_empty_class(here, ckpt):
     folder_of(here, ["train"], ["a", "b"])
     (here / "train" / "c").mkdir()
-    return pretrain, [*FOLDER, "--data", here], "train: Found no valid file for the classes c"
+    return pretrain, [*FOLDER, "--data", here], "has no image in the class c: fill the folder or remove it"
 
 
 def folder_with_one_class(here, ckpt):
@@ -168,8 +168,8 @@ def folder_that_is_a_file(here, ckpt):
 
 def folder_with_another_test_set(here, ckpt):
     folder_of(here, ["train"], ["a", "b"])
-    folder_of(here, ["test"], ["b"])
-    return pretrain, [*FOLDER, "--data", here], "differ in their classes"
+    folder_of(here, ["test"], ["c"])
+    return pretrain, [*FOLDER, "--data", here], "the test set has a class c, and the training set has none"
 
 
 def damaged_fashionmnist(here, ckpt):
@@ -317,7 +317,7 @@ def probe_of_other_test_classes(here, ckpt):
     (here / "ckpt.pt").write_bytes(ckpt)
     folder_of(here, ["train"], ["a", "b"])
     folder_of(here, ["val"], ["a", "c"])
-    return linear_probe, [here / "ckpt.pt", "--dataset", "folder", "--data", here], "differ in their classes"
+    return linear_probe, [here / "ckpt.pt", "--dataset", "folder", "--data", here], "the test set has a class c"
 
 
 def probe_of_one_class(here, ckpt):

@@ -5,6 +5,7 @@ import torch
 import torchvision
 from torchvision.transforms.v2 import functional as TF
 import common.data
+import common.images
 import common.views
 
 from runs import folder_of
@@ -88,9 +89,10 @@ def test_cifar_is_normalised_as_in_the_reference_code(dataset, mean, std):
 
 def test_large_images_are_the_middle_seven_eighths_and_small_ones_all_of_the_shorter_side():
     image = torch.randint(256, (3, 120, 90), generator=common.data.generator(1)).to(torch.uint8)
-    assert torch.equal(common.data.resize_and_crop(image, 70), TF.center_crop(TF.resize(image, 80, antialias=True), 70))
-    assert torch.equal(common.data.resize_and_crop(image, 64), TF.center_crop(TF.resize(image, 64, antialias=True), 64))
-    assert torch.equal(common.data.resize_and_crop(image[:, :70, :70], 70), image[:, :70, :70])
+    for size, side in ((70, 80), (64, 64)):
+        expected = TF.center_crop(TF.resize(image, side, antialias=True), size)
+        assert torch.equal(common.images.resize_and_crop(image, size), expected)
+    assert torch.equal(common.images.resize_and_crop(image[:, :70, :70], 70), image[:, :70, :70])
 
 
 class Stored:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import common.data
+import common.images
 import common.objectives
 import common.views
 import pretrain
@@ -69,7 +70,7 @@ def test_a_part_of_a_streamed_folder_keeps_images_and_labels_together(tmp_path):
     assert len(part.labels) == len(part.files) == 12 and 0 < len(part.images) < 10
     for image, file, label in zip(part.images, part.files, part.labels):
         assert (
-            torch.equal(image, common.data.resize_and_crop(common.data.read_image(file), 16))
+            torch.equal(image, common.images.resize_and_crop(common.images.read_image(file), 16))
             and f"/{'abc'[label]}/" in file
         )
 

@@ -173,7 +173,8 @@ def test_neighbours_and_geometry_are_those_of_the_encoder(probed):
     assert result["uniformity"] == pytest.approx(ref.uniformity(z[:300].numpy()), abs=0.2)
     same = (test.labels[:, None] == test.labels).fill_diagonal_(False)
     assert result["tolerance"] == pytest.approx((z @ z.T)[same].mean().item(), abs=1e-3)
-    views = [torch.nn.functional.normalize(common.frozen.extract(frozen, test, key=("geometry", 0, v))) for v in range(2)]
+    of_view = lambda v: torch.nn.functional.normalize(common.frozen.extract(frozen, test, key=("geometry", 0, v)))
+    views = [of_view(v) for v in range(2)]
     assert result["alignment"] == pytest.approx((views[0] - views[1]).square().sum(1).mean().item(), abs=1e-5)
 
 
@@ -291,10 +292,11 @@ def test_a_classifier_takes_images_in_any_form_that_cannot_be_mistaken(probed):
     images = torch.randint(256, (5, 3, H, H), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     x = images / 255
     scores = classifier(images)
-    assert scores.shape == (5, len(classifier.classes)) and torch.equal(classifier(images[2]), classifier(images[2:3])[0])
+    assert scores.shape == (5, len(classifier.classes))
+    assert torch.equal(classifier(images[2]), classifier(images[2:3])[0])
     for same in (x, x.double(), x.half(), x.bfloat16()):
         torch.testing.assert_close(classifier(same), scores, rtol=0.05, atol=0.3)
     wrong = [images.float(), x * 2 - 1, images.int(), images[:, :, :-1], images[:, :1], images[None], images.bool()]
     for x in [*wrong, torch.full((1, 3, H, H), torch.nan), images.permute(0, 2, 3, 1)]:
-        with pytest.raises(ValueError, match=f"images must be .n, 3, {H}, {H}., uint8 or floating-point numbers in .0, 1"):
+        with pytest.raises(ValueError, match=rf"images must be \(n, 3, {H}, {H}\), uint8 or floating-point numbers in"):
             common.frozen.load_classifier(probed)(x)
