@@ -36,7 +36,7 @@ def measure(folder):
 
 
 def anatomy(z, y, tau, variant):
-    """The rows that the first anchor meets, each as (s, whether it is a positive, norm), and its sums; the mean norms of
+    """The rows that the first anchor meets, each as (s, whether it is a positive, norm), and its sums; mean norms of
     the harder and the easier half of all anchors' positives; how far all norms part from the closed form."""
     anchors = [(*rows_of(z, y, i), measured(z, y, i, tau, variant)) for i in range(ANCHORS)]
     closed = torch.cat([closed_form(s, p, sums_of(s, p, tau), tau, variant) for s, p, _ in anchors])
