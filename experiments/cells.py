@@ -225,15 +225,18 @@ def top1(results):
     return statistics.mean(values(results, "top1"))
 
 
+STUDENT = {2: 4.303, 3: 3.182, 4: 2.776}  # standard errors of a 95 % interval, by degrees of freedom
+
+
 def is_above(a, b, key="top1"):
-    """Whether the mean of a is above that of b by more than two standard errors of the difference: "held", "not held",
-    or "undecided" where the seeds are too few or too far apart. a, b: results, one for each seed."""
+    """Whether the mean of a is above that of b: "held", "not held", or "undecided" where the 95 % interval of the
+    difference (Student's, with Welch's standard error) holds 0, or a or b has one seed. a, b: results by seed."""
     if min(len(a), len(b)) < 2:
         return "undecided"
     first, second = values(a, key), values(b, key)
     difference = statistics.mean(first) - statistics.mean(second)
     error = (statistics.variance(first) / len(first) + statistics.variance(second) / len(second)) ** 0.5
-    if abs(difference) <= 2 * error:
+    if abs(difference) <= STUDENT.get(len(a) + len(b) - 2, 2.571) * error:
         return "undecided"
     return "held" if difference > 0 else "not held"
 

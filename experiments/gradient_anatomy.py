@@ -15,8 +15,7 @@ from common.cli import run_command
 
 LOSSES = {"L_out": "out", "L_in": "in"}
 ENCODERS = {"untrained": False, "trained": True}
-IMAGES = 64  # in a batch of two views
-ANCHORS = 16  # that are compared with the closed form; the first one is drawn
+IMAGES, ANCHORS = 64, 16  # in a batch of two views; of its anchors the first one is drawn
 
 
 def cells(scale):
@@ -37,16 +36,14 @@ def measure(folder):
 
 
 def anatomy(z, y, tau, variant):
-    """The rows that the first anchor meets, each as (s, whether it is a positive, measured norm), and its sums.
-
-    Also the mean norms of the harder and the easier half of all anchors' positives, and how far the closed form is off.
-    """
+    """The rows that the first anchor meets, each as (s, whether it is a positive, norm), and its sums; mean norms of
+    the harder and the easier half of all anchors' positives; how far all norms part from the closed form."""
     anchors = [(*rows_of(z, y, i), measured(z, y, i, tau, variant)) for i in range(ANCHORS)]
     closed = torch.cat([closed_form(s, p, sums_of(s, p, tau), tau, variant) for s, p, _ in anchors])
     s, p, seen = map(torch.cat, zip(*anchors))
     harder = s <= s[p].median()
-    drawn = torch.stack([column.double() for column in anchors[0]], 1)
-    return {"tau": tau, "variant": variant, "anchor": drawn.tolist(), "sums": sums_of(*anchors[0][:2], tau),
+    drawn = torch.stack([column.double() for column in anchors[0]], 1).tolist()
+    return {"tau": tau, "variant": variant, "anchor": drawn, "sums": sums_of(*anchors[0][:2], tau),
             "hard": seen[p & harder].mean().item(), "easy": seen[p & ~harder].mean().item(),
             "deviation": (closed - seen).abs().max().item()}
 
@@ -86,11 +83,9 @@ def parts(found):
 
 
 def table(found):
-    rows = [[name, f"{part['hard']:.3g}", f"{part['easy']:.3g}", f"{part['hard'] / max(part['easy'], 1e-12):.2f}",
-             f"{part['deviation']:.0e}"] for name, part in parts(found)]
-    head = ["loss, encoder", "gradient of a positive of the harder half", "of the easier half", "ratio",
-            "largest deviation from the closed form"]
-    return head, rows
+    rows = [[name, f"{part['hard']:.3g}", f"{part['easy']:.3g}", f"{part['deviation']:.0e}"]
+            for name, part in parts(found)]
+    return ["loss, encoder", "norm of a positive of the harder half", "of the easier half", "largest deviation"], rows
 
 
 def draw(plt, found):
@@ -104,10 +99,8 @@ def draw(plt, found):
             axis.plot(s, seen, "o", color=colour, alpha=0.5, markersize=5, label=f"a {words}, measured")
         axis.set_title(f"{name} encoder")
         axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel("similarity s of the row and the anchor")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("norm of the gradient that it contributes")
+    figure.supxlabel("similarity s of a row and the anchor")
+    figure.supylabel("norm of the gradient that the row contributes")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 

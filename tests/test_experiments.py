@@ -35,14 +35,16 @@ def accuracies(*numbers):
     return [{"top1": number} for number in numbers]
 
 
-def test_a_claim_is_held_where_two_standard_errors_part_the_means():
-    # variances 1 and 1, three seeds each: two standard errors are 2 (1/3 + 1/3)^(1/2) = 1.63
+def test_a_claim_is_held_where_the_interval_of_the_difference_is_above_zero():
+    # variances 1 and 1, three seeds each: 2.776 standard errors are 2.776 (1/3 + 1/3)^(1/2) = 2.27
     low = accuracies(9, 10, 11)
-    assert is_above(accuracies(10.7, 11.7, 12.7), low) == "held"
-    assert is_above(low, accuracies(10.7, 11.7, 12.7)) == "not held"
-    assert is_above(accuracies(10.6, 11.6, 12.6), low) == is_above(low, accuracies(10.6, 11.6, 12.6)) == "undecided"
+    assert is_above(accuracies(11.3, 12.3, 13.3), low) == "held"
+    assert is_above(low, accuracies(11.3, 12.3, 13.3)) == "not held"
+    assert is_above(accuracies(11.2, 12.2, 13.2), low) == is_above(low, accuracies(11.2, 12.2, 13.2)) == "undecided"
     assert is_above(accuracies(99), low) == is_above(low, accuracies(99)) == "undecided"  # one seed has no spread
-    assert is_above([{"ece": 2}, {"ece": 2.1}], [{"ece": 1}, {"ece": 1.1}], "ece") == "held"
+    # two seeds each: 4.303 (0.005/2 + 0.005/2)^(1/2) = 0.30
+    assert is_above([{"ece": 1.4}, {"ece": 1.5}], [{"ece": 1}, {"ece": 1.1}], "ece") == "held"
+    assert is_above([{"ece": 1.2}, {"ece": 1.3}], [{"ece": 1}, {"ece": 1.1}], "ece") == "undecided"
 
 
 def test_lr_batch_and_views_multiply_the_scales():

@@ -568,7 +568,7 @@ MISTAKES = {
          "        else:\n", "experiments"),
         ("a training that was stopped is probed", "if not (diverged or is_trained(folder)):", "if False:",
          "experiments"),
-        ("one standard error decides", "abs(difference) <= 2 * error", "abs(difference) <= error", "experiments"),
+        ("one standard error decides", "STUDENT.get(len(a) + len(b) - 2, 2.571) * error", "error", "experiments"),
         ("the deviation for the standard error",
          "statistics.variance(first) / len(first) +", "statistics.variance(first) +", "experiments"),
         ("views are not counted", "round(2 * times * scale.epochs / views)", "round(2 * times * scale.epochs)",
