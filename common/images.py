@@ -17,6 +17,7 @@ ENDINGS = tuple(
     if ending in Image.registered_extensions()
 )
 SMALL = 64  # pixels; larger images are blurred, resized and augmented as ImageNet's are
+ORIENTATION = 0x0112  # the tag of EXIF and TIFF
 LONG = 8  # times its short side: what is longer is cut before it is resized
 
 # ---------------------------------------------------------------- folders
@@ -89,10 +90,11 @@ def read_image(path):
         raise Refused(f"{path} is not a readable image: replace it by a readable one of the same name") from e
 
 
-def as_seen(file, path):
-    """The picture in an opened file, as RGB of 8 bits."""
-    picture = ImageOps.exif_transpose(file)
-    if picture.mode.startswith("I;16") or picture.mode == "I" and file.format == "PPM":
+def as_seen(picture, path):
+    """An opened file as RGB of 8 bits."""
+    if picture.getexif().get(ORIENTATION, 1) != 1:
+        ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode.startswith("I;16") or picture.mode == "I" and picture.format == "PPM":
         values = np.asarray(picture).astype(np.int64) >> 8
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):

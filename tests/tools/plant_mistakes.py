@@ -303,7 +303,7 @@ MISTAKES = {
         ("all of a large image, not its middle", "size * 8 // 7 if size > SMALL else size", "size", "data"),
         ("transparency dropped", '"transparency" in picture.info', "False", "images"),
         ("transparency on black", '"RGBA", picture.size, "white"', '"RGBA", picture.size, "black"', "images"),
-        ("orientation ignored", "ImageOps.exif_transpose(file)", "file", "images"),
+        ("orientation ignored", "picture.getexif().get(ORIENTATION, 1) != 1", "False", "images"),
         ("16 bits are cut off",
          "np.asarray(picture).astype(np.int64) >> 8", "np.asarray(picture).clip(0, 255)", "images"),
         ("hidden names are classes", 'name.startswith(".") or name in', "name in", "images"),
