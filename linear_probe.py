@@ -28,7 +28,7 @@ from torch import nn
 import losses
 from common.cli import Refused, run_command, say
 from common.config import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, refuse_two_rates
-from common.data import DATASETS, STREAMS, Data, generator, load_data, stratified, take, with_classes_of
+from common.data import DATASETS, STREAMS, Data, Missing, generator, load_data, stratified, take, with_classes_of
 from common.figures import draw_probe, pyplot
 from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, load_encoder, write_classifier
 from common.frozen import write_json
@@ -37,7 +37,7 @@ from common.models import build_encoder
 from common.optim import learning_rate, logistic_regression, make_optimizer
 from common.presets import PRESETS, as_option
 from common.ranks import choose_device
-from common.run_folder import suffix
+from common.run_folder import kind_of_its_own, suffix
 
 LRS = 0.01, 0.03, 0.1, 0.3, 1.0  # SGD's grid, on standardised features
 DECAYS = 0.0, 1e-4, 1e-3, 1e-2
@@ -192,8 +192,10 @@ class Job(NamedTuple):
     kind: str  # what tells its files from those of other probes of the checkpoint
     frozen: Frozen
     dataset: str
+    data: str  # the folder that it was read from
     train: Data
     test: Data
+    tested_on: str  # in words
 
 
 class Features(NamedTuple):
@@ -229,19 +231,34 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
     stream = dataset == "folder" and frozen.config.get("stream", False)
     source = {"size": frozen.size, "download": download, "stream": stream}
     if validate:
-        train, test = seen_and_left_out(frozen.config, source)
+        train, test, tested_on = seen_and_left_out(frozen.config, source)
     else:
-        train, test = load_data(dataset, data, True, limit=limit, **source), load_data(dataset, data, False, **source)
+        train, test, tested_on = load_both(dataset, data, limit, source, seed)
     test = with_classes_of(train, test, data)
     if len(train.classes) < 2:
         raise Refused(f"--data {data} has one class alone: a classifier needs two")
     if subset < 1:
         train = take(train, stratified(train.labels, subset, generator("subset", seed)))
-    return Job(checkpoint, kind, frozen, dataset, train, test)
+    kind = kind_of_its_own(checkpoint.parent, kind, data)
+    return Job(checkpoint, kind, frozen, dataset, data, train, test, tested_on)
+
+
+def load_both(dataset, data, limit, source, seed):
+    """(training set, test set, what the latter is). Without a test set a tenth of the training images is held out."""
+    train = load_data(dataset, data, True, limit=limit, **source)
+    try:
+        return train, load_data(dataset, data, False, **source), "the test set"
+    except Missing:
+        kept, held = hold_out(train.labels, seed)
+        if not len(held):
+            raise
+    say(f"no test set in {data}: the probe is tested on a tenth of the training images, which it does not see; "
+        "the encoder may have been trained on them")
+    return take(train, kept), take(train, held), "a tenth of the training set"
 
 
 def seen_and_left_out(config, source):
-    """The training images that the run took, and those that its --subset left out, as two sets."""
+    """The training images that the run took, those that its --subset left out, and what the latter are."""
     if config.get("subset", 1.0) == 1:
         raise Refused("--validate tests on the images that pretrain.py --subset left out: this run took all of them")
     if config.get("streams") != STREAMS:
@@ -249,7 +266,7 @@ def seen_and_left_out(config, source):
     data = load_data(config["dataset"], config["data"], True, limit=config["limit"], **source)
     seen = stratified(data.labels, config["subset"], generator("subset", config["seed"]))
     left_out = torch.ones(len(data.labels), dtype=torch.bool).index_fill(0, seen, False)
-    return take(data, seen), take(data, left_out.nonzero().squeeze(1))
+    return take(data, seen), take(data, left_out.nonzero().squeeze(1)), "what --subset left out"
 
 
 def extract_both(job, workers):
@@ -399,7 +416,8 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     classifier = Classifier(job.frozen, found.classifier, job.train.classes, found.temperature, job.dataset)
     write_classifier(folder / f"classifier{job.kind}.pt", classifier)
     shared = {"lr": found.cell[0], "augment": augment, "l2_normalize": l2_normalize, "subset": subset, "limit": limit}
-    result = {"checkpoint": str(job.checkpoint), "dataset": job.dataset, "recipe": recipe}
+    result = {"checkpoint": str(job.checkpoint), "dataset": job.dataset, "data": str(Path(job.data).resolve())}
+    result |= {"tested_on": job.tested_on, "recipe": recipe}
     result |= measure(job, found, features, fit.seed) | seconds
     result |= {"fit": vars(fit) | shared, "torch": torch.__version__}
     report(result, job.frozen.config["loss"])

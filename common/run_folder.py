@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from common.cli import Refused
+from common.cli import Refused, say
 
 try:
     import fcntl
@@ -190,6 +190,25 @@ class RunFolder:
 def suffix(*kinds):
     """The end of a name that tells a file from others of its sort: "-a-b" for the kinds a and b, the empty left out."""
     return "".join(f"-{kind}" for kind in kinds if kind)
+
+
+def kind_of_its_own(folder, kind, data):
+    """`kind`, or with a number behind it where a probe of other data has left files of that name."""
+    number, free = 1, kind
+    while is_of_other_data(folder / f"probe{free}.json", data):
+        number += 1
+        free = f"{kind}-{number}"
+    if free != kind:
+        say(f"probe{kind}.json in {folder} is of other data of the same name: this probe writes probe{free}.json")
+    return free
+
+
+def is_of_other_data(path, data):
+    try:
+        found = json.loads(path.read_text()).get("data")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return found not in (None, str(Path(data).resolve()))  # earlier versions did not write it down
 
 
 def write_aside(path, write, keep_as=None):

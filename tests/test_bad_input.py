@@ -307,9 +307,9 @@ def probe_on_missing_data(here, ckpt):
     return linear_probe, [here / "ckpt.pt", "--dataset", "folder", "--data", here / "nowhere"], "has no folder train"
 
 
-def probe_without_a_test_set(here, ckpt):
+def probe_without_a_test_set_and_nothing_to_hold_out(here, ckpt):
     (here / "ckpt.pt").write_bytes(ckpt)
-    folder_of(here, ["train"], ["a", "b"])
+    folder_of(here, ["train"], ["a", "b"], count=1)
     return linear_probe, [here / "ckpt.pt", "--dataset", "folder", "--data", here], "has no folder test or val"
 
 
@@ -365,7 +365,7 @@ SITUATIONS = [
     probe_of_a_checkpoint_without_an_encoder,
     probe_of_another_encoder,
     probe_on_missing_data,
-    probe_without_a_test_set,
+    probe_without_a_test_set_and_nothing_to_hold_out,
     probe_of_other_test_classes,
     probe_of_one_class,
     probe_with("--epochs", "0"),

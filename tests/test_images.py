@@ -1,5 +1,6 @@
 """Images are what a person sees who opens the file; a folder's classes and files are those that `ls` shows."""
 
+import json
 import os
 import struct
 import zlib
@@ -268,3 +269,27 @@ def test_striped_classes_are_told_apart_however_they_are_saved(way, tmp_path):
     words += ["--epochs", "4", "--device", "cpu", "--augment", "none", "--loss", "ce", "--lr", "0.05"]
     train(*words, "--run-dir", tmp_path / "run")
     assert probe(tmp_path / "run", "--device", "cpu")["top1"] == 100
+
+
+def test_without_a_test_set_the_probe_holds_out_a_tenth_and_says_so(tmp_path, capsys):
+    folder_of(tmp_path, ["train"], ["a", "b"], count=20)
+    words = ["--dataset", "folder", "--data", tmp_path, "--size", "16", "--arch", "small", "--batch", "8"]
+    train(*words, "--epochs", "1", "--device", "cpu", "--loss", "ce", "--run-dir", tmp_path / "run")
+    result = probe(tmp_path / "run", "--device", "cpu")
+    assert (result["train_images"], result["test_images"]) == (36, 4)
+    assert result["tested_on"] == "a tenth of the training set"
+    assert "no test set" in capsys.readouterr().out
+
+
+def test_two_data_sets_of_one_name_keep_their_results_apart(tmp_path, capsys):
+    for place in ("one", "other"):
+        folder_of(tmp_path / place / "images", ["train", "test"], ["a", "b"])
+    words = ["--dataset", "folder", "--size", "16", "--arch", "small", "--batch", "4", "--epochs", "1", "--loss", "ce"]
+    train(*words, "--device", "cpu", "--data", tmp_path / "one" / "images", "--run-dir", tmp_path / "run")
+    folder_of(tmp_path / "third" / "images", ["train", "test"], ["a", "b"])
+    for place in ("other", "third", "other"):
+        probe(tmp_path / "run", "--device", "cpu", "--data", tmp_path / place / "images")
+    found = {path.name: json.loads(path.read_text())["data"] for path in (tmp_path / "run").glob("probe*.json")}
+    assert found == {"probe-images.json": str(tmp_path / "other" / "images"),
+                     "probe-images-2.json": str(tmp_path / "third" / "images")}
+    assert "this probe writes probe-images-2.json" in capsys.readouterr().out

@@ -167,6 +167,8 @@ MISTAKES = {
          "        refuse_unusable(Path(config.run), resuming=resumed is not None)\n", "nothing_lost"),
     ],
     "linear_probe.py": [
+        ("what is held out is trained on too",
+         'return take(train, kept), take(train, held),', 'return train, take(train, held),', "images"),
         ("the probe: gradients add up over the steps", "            optimizer.zero_grad()\n", "", "probe"),
         ("every epoch of the probe shows the same views",
          'key=("probe", fit.seed, epoch)', 'key=("probe", fit.seed)', "moves"),
@@ -463,6 +465,8 @@ MISTAKES = {
         ("solo-learn's head as wide as its encoder", '"projection": "2048-256"', '"projection": "r-256"', "published"),
     ],
     "common/run_folder.py": [
+        ("a probe of other data overwrites",
+         "return found not in (None, str(Path(data).resolve()))", "return False", "images"),
         ("the log loses the checkpoint's own step", "if step_of(line) > step:", "if step_of(line) >= step:", "log"),
         ("half a line stays in the log",
          'if line.endswith(b"\\n") else math.inf', 'if line.endswith(b"}\\n") else 0', "keeping"),
