@@ -262,8 +262,7 @@ def bars(plt, found, label="top-1 of a linear probe, %"):
                       va="center")
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
-    lowest = min(min(values(results, "top1")) for results in found.values())
-    axis.set(xlabel=label, xlim=(max(0, 10 * (lowest // 10) - 10), None))
+    axis.set(xlabel=label, xlim=(0, None))
     axis.margins(x=0.1)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
@@ -285,8 +284,9 @@ def write_report(experiment, scale_name, folder):
     text = [
         f"# {experiment.title}",
         f"`python experiments/{experiment.name}.py --scale {scale_name}`; seeds {seeds}, mean ± standard deviation.",
+        f"All cells: `{SCALES[scale_name].train}`, and {SCALES[scale_name].epochs} epochs of two views.",
         as_markdown(*experiment.table(found)),
-        as_markdown(["claim", "paper", "here", "held?"], claims),
+        as_markdown(["claim", "paper", "here", "held?"], claims) if claims else "No claim can be judged yet.",
         f"![{experiment.title}]({path.stem}.png)",
         "\n".join(f"- {line}" for line in places),
     ]

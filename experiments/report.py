@@ -14,6 +14,13 @@ from common.cli import run_command
 NAMES = ("losses_compared", "supcon_against_cross_entropy", "stability", "temperature", "batch_and_positives",
          "label_noise", "robustness_and_calibration", "few_labels", "gradient_anatomy")
 
+WORDS = f"""`python experiments/report.py` writes this page. At `--scale cpu` all cells are
+
+    {SCALES['cpu'].train}
+
+and train for minutes: what holds there need not hold at the papers' scale. A claim is held, or not held, where the 95 %
+interval of the difference over the seeds says so."""
+
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.argument("folder", type=click.Path(exists=True, path_type=Path), default="results/experiments")
@@ -26,7 +33,7 @@ def main(folder):
             if (folder / f"{name}-{scale}.jsonl").exists():
                 claims += write_report(experiment, scale, folder)
     table = as_markdown(["claim", "paper", "here", "held?"], claims)
-    (folder / "claims.md").write_text(table + "\n")
+    (folder / "claims.md").write_text(f"# The papers' claims, rerun\n\n{WORDS}\n\n{table}\n")
     click.echo(table)
 
 
