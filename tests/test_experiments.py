@@ -148,7 +148,8 @@ def test_what_is_trained_is_probed_and_what_has_its_result_is_left_alone(undistu
     run_two(undisturbed)
     assert not words and lines_of(undisturbed) == before
     path = undisturbed / "two-smoke.jsonl"
-    path.write_text("\n".join([before[0], before[1][:100]]))
+    first, second = path.read_text().splitlines()
+    path.write_text("\n".join([first, second[:100]]))
     assert [result["cell"] for result in cells.read(path)] == ["a"]
     run_two(undisturbed)
     assert words == ["linear_probe"] and lines_of(undisturbed) == before
