@@ -28,7 +28,8 @@ from torch import nn
 import losses
 from common.cli import Refused, run_command, say
 from common.config import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, refuse_two_rates
-from common.data import DATASETS, STREAMS, Data, Missing, generator, load_data, stratified, take, with_classes_of
+from common.data import DATASETS, STREAMS, Data, Missing, all_but, generator, load_data, stratified, take
+from common.data import with_classes_of
 from common.figures import draw_probe, pyplot
 from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, load_encoder, write_classifier
 from common.frozen import write_json
@@ -41,7 +42,7 @@ from common.run_folder import kind_of_its_own, suffix
 
 LRS = 0.01, 0.03, 0.1, 0.3, 1.0  # SGD's grid, on standardised features
 DECAYS = 0.0, 1e-4, 1e-3, 1e-2
-OF_SGD = {"epochs", "batch", "lr", "lr_per_256", "momentum", "nesterov", "schedule", "warmup"}
+OF_SGD = {"recipe", "augment", "epochs", "batch", "lr", "lr_per_256", "momentum", "nesterov", "schedule", "warmup"}
 HELD_OUT = 0.1
 
 # ---------------------------------------------------------------- the linear classifier
@@ -132,8 +133,7 @@ def hold_out(labels, seed):
     labels = labels.cpu()
     several = torch.nonzero(torch.bincount(labels)[labels] > 1).squeeze(1)
     held = several[stratified(labels[several], HELD_OUT, generator("held out", seed))] if len(several) else several
-    kept = torch.ones(len(labels), dtype=torch.bool).index_fill(0, held, False)
-    return torch.nonzero(kept).squeeze(1), held
+    return all_but(held, len(labels)), held
 
 
 # ---------------------------------------------------------------- what is measured beside
@@ -265,8 +265,7 @@ def seen_and_left_out(config, source):
         raise Refused("--validate cannot tell which images a run of an earlier version left out: train it again")
     data = load_data(config["dataset"], config["data"], True, limit=config["limit"], **source)
     seen = stratified(data.labels, config["subset"], generator("subset", config["seed"]))
-    left_out = torch.ones(len(data.labels), dtype=torch.bool).index_fill(0, seen, False)
-    return take(data, seen), take(data, left_out.nonzero().squeeze(1)), "what --subset left out"
+    return take(data, seen), take(data, all_but(seen, len(data.labels))), "what --subset left out"
 
 
 def extract_both(job, workers):
@@ -329,17 +328,15 @@ def report(result, loss):
 # ---------------------------------------------------------------- the command line
 
 
-def complete_fit(recipe, augment, options, given):
+def complete_fit(recipe, options, given):
     """(what all cells of the grid share, the cells), with a preset's numbers where no option is given."""
     options = dict(options)
     refuse_two_rates(given)
-    own = given & OF_SGD
+    of_sgd = sorted("--" + name.replace("_", "-") for name in given & OF_SGD)
     if options["optimizer"] is None:
-        options["optimizer"] = "sgd" if recipe or augment or own else "lbfgs"
-    elif options["optimizer"] == "lbfgs" and (recipe or augment or own):
-        names = [*("--" + name.replace("_", "-") for name in sorted(own)), *(["--augment"] if augment else []),
-                 *(["--recipe"] if recipe else [])]
-        raise Refused(f"--optimizer lbfgs has no {names[0]}: leave one out")
+        options["optimizer"] = "sgd" if of_sgd else "lbfgs"
+    elif options["optimizer"] == "lbfgs" and of_sgd:
+        raise Refused(f"--optimizer lbfgs has no {of_sgd[0]}: leave one out")
     if recipe:
         preset = {"nesterov": False, "standardize": False, "warmup": 0.0} | PRESETS[recipe].probe
         bound = {"lr", "lr_per_256"} if {"lr", "lr_per_256"} & given else set()
@@ -401,7 +398,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
          with_baselines, figure, device, **options):
     """Fit a linear classifier to the frozen features of CHECKPOINT, a ckpt.pt or its folder, and test it."""
     given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
-    fit, cells = complete_fit(recipe, augment, options, given)
+    fit, cells = complete_fit(recipe, options, given)
     if figure:
         pyplot()  # said now, not after the fit
     device = choose_device(device)

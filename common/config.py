@@ -23,6 +23,7 @@ from common.presets import PRESETS, describe
 from common.run_folder import newest_checkpoint
 from common.views import AUGMENTATIONS
 
+
 def require(condition, message):
     """Raises Refused with the message unless the condition holds."""
     if not condition:

@@ -80,7 +80,7 @@ def zoom_blur(x, c, g):
     count, step = c
     H, total = x.shape[-1], x.clone()
     for k in range(count):
-        zoom = 1 + k * ((1 + step) - 1)  # as np.arange rounds it: 1.25 too much or too little decides over a pixel
+        zoom = 1 + k * ((1 + step) - 1)  # as np.arange has it: a last bit can decide over a row of pixels
         part = math.ceil(H / zoom)
         top = (H - part) // 2
         size = round(part * zoom)

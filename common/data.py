@@ -167,6 +167,11 @@ def with_label_noise(labels, share, num_classes, g):
     return torch.where(torch.rand(labels.shape, generator=g) < share, other, labels)
 
 
+def all_but(rows, n):
+    """The numbers from 0 to n - 1 that are not among `rows`, in ascending order."""
+    return torch.ones(n, dtype=torch.bool).index_fill(0, rows, False).nonzero().squeeze(1)
+
+
 def images_of_classes(labels):
     return [torch.nonzero(labels == c).squeeze(1) for c in labels.unique()]
 
@@ -190,11 +195,15 @@ def resize_square(images, size):
     return torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
 
 
+MT19937 = slice(24, 24 + 624 * 8)  # the bytes of a generator's state that hold the Mersenne Twister's 624 words
+STREAMS = 2  # counts the ways to make a stream of a key
+
+
 def generator(*key):
     """A torch generator for a key such as ("views", seed, epoch, step): equal keys give equal streams.
 
-    A key holds words, which keep the uses of a seed apart, and whole numbers below 2^64. torch would seed its
-    generator with 32 bits, which among ten thousands of keys are twice the same; so its whole state is drawn here.
+    A key holds words, which keep the uses of a seed apart, and whole numbers below 2^64. The whole state of the
+    generator is drawn here. torch would fill it from 32 bits, which two among a hundred thousand keys may share.
     """
     numbers = [int.from_bytes(part.encode(), "little") if isinstance(part, str) else part for part in key]
     halves = [number >> shift & 0xFFFFFFFF for number in numbers for shift in (0, 32)]
@@ -203,10 +212,6 @@ def generator(*key):
     state = g.get_state()
     state[MT19937].view(torch.int64)[:] = torch.from_numpy(drawn.generate_state(624).astype(np.int64))
     return g.set_state(state)
-
-
-MT19937 = slice(24, 24 + 624 * 8)  # the bytes of a generator's state that hold the Mersenne Twister's 624 words
-STREAMS = 2  # counts the ways to make a stream of a key
 
 
 def uniform_from(g, n):

@@ -62,8 +62,9 @@ def list_images(root, left_out):
         seen.add(os.path.realpath(place))
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         names = sorted(name for name in names if not is_hidden(name))
-        found.append((place, [name for name in names if name.lower().endswith(ENDINGS)]))
-        left_out.update(Path(name).suffix for name in names if not name.lower().endswith(ENDINGS))
+        images = [name for name in names if name.lower().endswith(ENDINGS)]
+        found.append((place, images))
+        left_out.update(Path(name).suffix for name in sorted(set(names) - set(images)))
     return [os.path.join(place, name) for place, names in sorted(found) for name in names]
 
 

@@ -139,7 +139,7 @@ def probe_of(*arguments):
         "seed",
     )
     options = {k: context.params[k] for k in names}
-    return linear_probe.complete_fit(context.params["recipe"], context.params["augment"], options, given)
+    return linear_probe.complete_fit(context.params["recipe"], options, given)
 
 
 def holds(fit, **options):

@@ -310,7 +310,7 @@ MISTAKES = {
          "np.asarray(picture).astype(np.int64) >> 8", "np.asarray(picture).clip(0, 255)", "images"),
         ("hidden names are classes", 'name.startswith(".") or name in', "name in", "images"),
         ("endings in capitals are left out",
-         "if name.lower().endswith(ENDINGS)])", "if name.endswith(ENDINGS)])", "images"),
+         "if name.lower().endswith(ENDINGS)]", "if name.endswith(ENDINGS)]", "images"),
         ("links in a circle are followed", "if os.path.realpath(place) in seen:", "if False:", "images"),
         ("files in the order of the disk",
          "for place, names in sorted(found) for", "for place, names in found[::-1] for", "images"),
