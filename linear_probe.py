@@ -192,7 +192,7 @@ class Job(NamedTuple):
     kind: str  # what tells its files from those of other probes of the checkpoint
     frozen: Frozen
     dataset: str
-    data: str  # the folder that it was read from
+    place: str | None  # the folder of the data, where it is not the run's own
     train: Data
     test: Data
     tested_on: str  # in words
@@ -239,8 +239,9 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
         raise Refused(f"--data {data} has one class alone: a classifier needs two")
     if subset < 1:
         train = take(train, stratified(train.labels, subset, generator("subset", seed)))
-    kind = kind_of_its_own(checkpoint.parent, kind, data)
-    return Job(checkpoint, kind, frozen, dataset, data, train, test, tested_on)
+    place = str(Path(data).resolve()) if elsewhere else None  # a run's own data may be moved, and stay its own
+    kind = kind_of_its_own(checkpoint.parent, kind, place) if elsewhere else kind
+    return Job(checkpoint, kind, frozen, dataset, place, train, test, tested_on)
 
 
 def load_both(dataset, data, limit, source, seed):
@@ -413,7 +414,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     classifier = Classifier(job.frozen, found.classifier, job.train.classes, found.temperature, job.dataset)
     write_classifier(folder / f"classifier{job.kind}.pt", classifier)
     shared = {"lr": found.cell[0], "augment": augment, "l2_normalize": l2_normalize, "subset": subset, "limit": limit}
-    result = {"checkpoint": str(job.checkpoint), "dataset": job.dataset, "data": str(Path(job.data).resolve())}
+    result = {"checkpoint": str(job.checkpoint), "dataset": job.dataset, "data": job.place}
     result |= {"tested_on": job.tested_on, "recipe": recipe}
     result |= measure(job, found, features, fit.seed) | seconds
     result |= {"fit": vars(fit) | shared, "torch": torch.__version__}

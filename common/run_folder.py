@@ -192,10 +192,10 @@ def suffix(*kinds):
     return "".join(f"-{kind}" for kind in kinds if kind)
 
 
-def kind_of_its_own(folder, kind, data):
+def kind_of_its_own(folder, kind, place):
     """`kind`, or with a number behind it where a probe of other data has left files of that name."""
     number, free = 1, kind
-    while is_of_other_data(folder / f"probe{free}.json", data):
+    while is_of_other_data(folder / f"probe{free}.json", place):
         number += 1
         free = f"{kind}-{number}"
     if free != kind:
@@ -203,12 +203,12 @@ def kind_of_its_own(folder, kind, data):
     return free
 
 
-def is_of_other_data(path, data):
+def is_of_other_data(path, place):
     try:
         found = json.loads(path.read_text()).get("data")
     except (OSError, ValueError, AttributeError):
         return False
-    return found not in (None, str(Path(data).resolve()))  # earlier versions did not write it down
+    return found not in (None, place)  # earlier versions did not write it down
 
 
 def write_aside(path, write, keep_as=None):

@@ -293,3 +293,15 @@ def test_two_data_sets_of_one_name_keep_their_results_apart(tmp_path, capsys):
     assert found == {"probe-images.json": str(tmp_path / "other" / "images"),
                      "probe-images-2.json": str(tmp_path / "third" / "images")}
     assert "this probe writes probe-images-2.json" in capsys.readouterr().out
+
+
+def test_a_run_whose_own_data_has_moved_writes_the_same_file(tmp_path, monkeypatch):
+    folder_of(tmp_path / "here" / "images", ["train", "test"], ["a", "b"])
+    words = ["--dataset", "folder", "--size", "16", "--arch", "small", "--batch", "4", "--epochs", "1", "--loss", "ce"]
+    monkeypatch.chdir(tmp_path / "here")
+    train(*words, "--device", "cpu", "--data", "images", "--run-dir", tmp_path / "run")
+    probe(tmp_path / "run", "--device", "cpu")
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    probe(tmp_path / "run", "--device", "cpu")
+    assert [path.name for path in (tmp_path / "run").glob("probe*.json")] == ["probe.json"]

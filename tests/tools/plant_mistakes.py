@@ -466,7 +466,7 @@ MISTAKES = {
     ],
     "common/run_folder.py": [
         ("a probe of other data overwrites",
-         "return found not in (None, str(Path(data).resolve()))", "return False", "images"),
+         "return found not in (None, place)", "return False", "images"),
         ("the log loses the checkpoint's own step", "if step_of(line) > step:", "if step_of(line) >= step:", "log"),
         ("half a line stays in the log",
          'if line.endswith(b"\\n") else math.inf', 'if line.endswith(b"}\\n") else 0', "keeping"),
