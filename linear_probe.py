@@ -27,7 +27,7 @@ from torch import nn
 import losses
 from common.cli import Refused, run_command, say
 from common.config import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, refuse_two_rates
-from common.data import DATASETS, Data, generator, load_data, require_same_classes, stratified, take
+from common.data import DATASETS, Data, Missing, generator, load_data, stratified, take, with_labels_of
 from common.figures import draw_probe, pyplot
 from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, load_encoder, write_classifier
 from common.frozen import write_json
@@ -36,7 +36,7 @@ from common.models import build_encoder
 from common.optim import learning_rate, make_optimizer
 from common.presets import PRESETS, as_option
 from common.ranks import choose_device
-from common.run_folder import suffix
+from common.run_folder import suffix, unused
 
 LRS = 0.01, 0.03, 0.1, 0.3, 1.0  # the grid, on standardised features
 DECAYS = 0.0, 1e-4, 1e-3, 1e-2
@@ -184,6 +184,7 @@ class Job(NamedTuple):
     dataset: str
     train: Data
     test: Data
+    about: dict  # what else probe.json says of the data
 
 
 class Features(NamedTuple):
@@ -219,15 +220,38 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
     stream = dataset == "folder" and frozen.config.get("stream", False)
     source = {"size": frozen.size, "download": download, "stream": stream}
     if validate:
-        train, test = seen_and_left_out(frozen.config, source)
+        train, test, tested_on = *seen_and_left_out(frozen.config, source), "the images that --subset left out"
     else:
-        train, test = load_data(dataset, data, True, limit=limit, **source), load_data(dataset, data, False, **source)
-    require_same_classes(train, test, data)
-    if len(train.classes) < 2:
-        raise Refused(f"--data {data} has one class alone: a classifier needs two")
+        train, test, tested_on = training_and_test_set(dataset, data, limit, source, seed)
     if subset < 1:
         train = take(train, stratified(train.labels, subset, generator(seed, 4)))
-    return Job(checkpoint, kind, frozen, dataset, train, test)
+    about = {"tested_on": tested_on}
+    if elsewhere:  # another data set may have the same name
+        about["data"] = str(Path(data).resolve())
+        kind = unused(kind, lambda kind: checkpoint.with_name(f"probe{kind}.json"), {"data": about["data"]})
+    return Job(checkpoint, kind, frozen, dataset, train, test, about)
+
+
+def training_and_test_set(dataset, data, limit, source, seed):
+    """(training set, test set, what the test set is): where a folder has none, a tenth of the training set."""
+    train = load_data(dataset, data, True, limit=limit, **source)
+    require_two_classes(train, data)
+    try:
+        return train, with_labels_of(train.classes, load_data(dataset, data, False, **source), data), "test set"
+    except Missing:
+        kept, held = hold_out(train.labels, seed)
+        if dataset != "folder" or not len(held):
+            raise
+    say(f"no test set in {data}: the probe is tested on a tenth of the training set, which it is not fitted to "
+        "but the encoder may have seen")
+    return take(train, kept), take(train, held), "a tenth of the training set"
+
+
+def require_two_classes(train, data):
+    if not train.classes:
+        raise Refused(f"--data {data} has images without class folders: a classifier wants DIR/train/CLASS/*.jpg")
+    if len(train.classes) < 2:
+        raise Refused(f"--data {data} has one class alone: a classifier needs two")
 
 
 def seen_and_left_out(config, source):
@@ -235,6 +259,7 @@ def seen_and_left_out(config, source):
     if config.get("subset", 1.0) == 1:
         raise Refused("--validate tests on the images that pretrain.py --subset left out: this run took all of them")
     data = load_data(config["dataset"], config["data"], True, limit=config["limit"], **source)
+    require_two_classes(data, config["data"])
     seen = stratified(data.labels, config["subset"], generator(config["seed"], 4))
     left_out = torch.ones(len(data.labels), dtype=torch.bool).index_fill(0, seen, False)
     return take(data, seen), take(data, left_out.nonzero().squeeze(1))
@@ -376,7 +401,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     classifier = Classifier(job.frozen, found.classifier, job.train.classes, found.temperature, job.dataset)
     write_classifier(folder / f"classifier{job.kind}.pt", classifier)
     shared = {"lr": found.cell[0], "augment": augment, "l2_normalize": l2_normalize, "subset": subset, "limit": limit}
-    result = {"checkpoint": str(job.checkpoint), "dataset": job.dataset, "recipe": recipe}
+    result = {"checkpoint": str(job.checkpoint), "dataset": job.dataset, "recipe": recipe} | job.about
     result |= measure(job, found, features, fit.seed) | seconds
     result |= {"fit": vars(fit) | shared, "torch": torch.__version__}
     report(result, job.frozen.config["loss"])

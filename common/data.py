@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.transforms.v2 import functional as TF
 
-from common.cli import Refused
+from common.cli import Refused, say
+from common.images import find_images, read_image
 
 
 class Missing(Refused):
@@ -26,10 +27,11 @@ class Missing(Refused):
 class Data(NamedTuple):
     images: torch.Tensor  # (n, 3, H, H) uint8; of a streamed folder the first SAMPLE images alone
     labels: torch.Tensor  # (n,) int64
-    classes: list  # names
+    classes: list  # names; none where a folder's images lie without class folders
     files: list | None = None  # the path of every image of a streamed folder
 
 
+THIN = 64  # times as long as wide: of longer images the ends go before they are resized
 SMALL = 64  # pixels; larger images are blurred, resized and augmented as ImageNet's are
 SAMPLE = 10_000  # images that mean and standard deviation are measured on
 DATASETS = ("cifar10", "cifar100", "svhn", "fashionmnist", "folder", "shapes")
@@ -61,11 +63,9 @@ def load(config, download, with_test):
     """(training set, test set or None) as the options want them. Only rank 0 needs the test set, for its diagnosis."""
     source = {"size": config.size, "download": download, "stream": config.stream}
     data, test = load_data(config.dataset, config.data, True, limit=config.limit, **source), None
-    if with_test:
+    if with_test and data.classes:
         with contextlib.suppress(Missing):
-            test = load_data(config.dataset, config.data, False, **source)
-    if test is not None:
-        require_same_classes(data, test, config.data)
+            test = with_labels_of(data.classes, load_data(config.dataset, config.data, False, **source), config.data)
     if config.subset < 1:
         data = take(data, stratified(data.labels, config.subset, generator(config.seed, 4)))
     if config.label_noise:
@@ -107,15 +107,24 @@ def load_data(dataset, root, train, *, size=None, download=True, limit=None, str
     return Data(resize_square(images, size) if size else images, labels, list(classes))
 
 
-def require_same_classes(train, test, root):
-    """A label is a place in the list of classes: it means the same in two sets only if their lists are the same."""
-    if train.classes != test.classes:
-        raise Refused(f"--data {root}: the training and the test set differ in their classes: give them the same "
-            f"folders")
+def with_labels_of(classes, test, root):
+    """The test set with the labels that its classes have among `classes`, the training set's, which may be more."""
+    if not test.classes:
+        raise Refused(f"--data {root}: the images of the test set have no classes: it wants DIR/test/CLASS/*.jpg")
+    new = [name for name in test.classes if name not in classes]
+    if new:
+        raise Refused(f"--data {root}: the test set has a class {new[0]}, which the training set has not: "
+            "give them the same folders")
+    lacking = [name for name in classes if name not in test.classes]
+    if lacking:
+        say(f"the test set has {len(test.classes)} of the {len(classes)} classes; the first that it lacks is "
+            f"{lacking[0]}")
+    places = torch.tensor([classes.index(name) for name in test.classes])
+    return test._replace(labels=places[test.labels], classes=list(classes))
 
 
 def load_folder(root, train, size, limit=None, stream=False):
-    """The images of torchvision's ImageFolder in root/train, or in root/test or root/val, shuffled by a fixed seed."""
+    """The images in root/train, or in root/test or root/val, shuffled by a fixed seed."""
     names = ["train"] if train else ["test", "val"]
     try:
         found = [Path(root, name) for name in names if Path(root, name).is_dir()]
@@ -123,34 +132,20 @@ def load_folder(root, train, size, limit=None, stream=False):
         raise Refused(f"--data {str(root)[:80]} cannot be read ({e.strerror}): name another folder") from e
     if not found:
         raise Missing(f"--data {root} has no folder {' or '.join(names)}: --dataset folder wants DIR/train/CLASS/*.jpg")
-    try:
-        folder = torchvision.datasets.ImageFolder(found[0])
-    except FileNotFoundError as e:
-        raise Refused(f"--data {found[0]}: {str(e).splitlines()[0]}") from e
-
-    def load(sample):
-        return resize_and_crop(read_image(sample[0]), size)
-
-    samples = [folder.samples[i] for i in torch.randperm(len(folder.samples), generator=generator(0)).tolist()][:limit]
-    n = min(SAMPLE, len(samples)) if stream else len(samples)
+    folder = find_images(found[0])
+    order = torch.randperm(len(folder.files), generator=generator(0))[:limit].tolist()
+    files, labels = [folder.files[row] for row in order], torch.tensor([folder.labels[row] for row in order])
+    n = min(SAMPLE, len(files)) if stream else len(files)
     try:
         images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     except RuntimeError as e:
         raise Refused(f"{n} images at --size {size} do not fit into memory: "
                       "lower --size or --limit, or try --stream") from e
+    load = lambda file: resize_and_crop(read_image(file), size)
     with ThreadPoolExecutor() as pool:
-        for row, image in enumerate(pool.map(load, samples[:n])):
+        for row, image in enumerate(pool.map(load, files[:n])):
             images[row] = image
-    files, labels = zip(*samples)
-    return Data(images, torch.tensor(labels), folder.classes, list(files) if stream else None)
-
-
-def read_image(path):
-    """(3, H, W) uint8, RGB whatever the file holds."""
-    try:
-        return TF.pil_to_tensor(torchvision.datasets.folder.default_loader(path))
-    except Exception as e:  # Pillow's errors have no common class
-        raise Refused(f"{path} is not a readable image: mend or remove it") from e
+    return Data(images, labels, folder.classes, files if stream else None)
 
 
 def take(data, rows):
@@ -194,7 +189,18 @@ def resize_and_crop(image, size):
     """
     if image.shape[-2:] == (size, size):
         return image
-    return TF.center_crop(TF.resize(image, size * 8 // 7 if size > SMALL else size, antialias=True), size)
+    side = size * 8 // 7 if size > SMALL else size
+    return TF.center_crop(TF.resize(without_far_ends(image), side, antialias=True), size)
+
+
+def without_far_ends(image):
+    """The middle of an image that is more than THIN times as long as wide; any other one stays as it is.
+
+    An even number of widths goes at either end, so that the pixels of the middle, resized, lie where they lay.
+    """
+    short, long = sorted(image.shape[-2:])
+    end = max(long // short - THIN, 0) // 4 * 2 * short
+    return image.narrow(1 if image.shape[1] == long else 2, end, long - 2 * end) if end else image
 
 
 def resize_square(images, size):

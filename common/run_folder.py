@@ -10,6 +10,7 @@
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from common.cli import Refused
+from common.cli import Refused, say
 
 try:
     import fcntl
@@ -190,6 +191,25 @@ class RunFolder:
 def suffix(*kinds):
     """The end of a name that tells a file from others of its sort: "-a-b" for the kinds a and b, the empty left out."""
     return "".join(f"-{kind}" for kind in kinds if kind)
+
+
+def unused(kind, path_of, about):
+    """The kind, or kind-2, kind-3, ...: the first of which no report in path_of(kind) is there, or one of the same data.
+
+    about: what a report of the same data holds, a dict.
+    """
+    for name in itertools.chain([kind], (f"{kind}-{k}" for k in itertools.count(2))):
+        try:
+            found = json.loads(path_of(name).read_text())
+        except OSError:  # not there; what cannot be read cannot be written either, which is refused then
+            break
+        except ValueError:
+            continue
+        if isinstance(found, dict) and found | about == found:
+            break
+    if name != kind:
+        say(f"{path_of(kind).name} is there and names other data: this one is {path_of(name).name}")
+    return name
 
 
 def write_aside(path, write, keep_as=None):

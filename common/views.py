@@ -18,7 +18,8 @@ import torch.utils.data
 from torchvision.transforms import v2 as transforms
 
 from common.cli import Refused
-from common.data import SMALL, generator, images_of_classes, read_image, resize_and_crop, uniform_from
+from common.data import SMALL, generator, images_of_classes, resize_and_crop, uniform_from
+from common.images import read_image
 from common.objectives import OBJECTIVES
 
 # ---------------------------------------------------------------- views: a whole batch at once, parameters per image

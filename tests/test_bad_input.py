@@ -138,13 +138,13 @@ def test_bad_options_give_one_line_and_status_2(arguments, words, tmp_path, monk
 
 def folder_without_classes(here, ckpt):
     (here / "train").mkdir()
-    return pretrain, [*FOLDER, "--data", here], "train: Couldn't find any class folder"
+    return pretrain, [*FOLDER, "--data", here], "train: the folder has no images"
 
 
 def folder_with_an_empty_class(here, ckpt):
     folder_of(here, ["train"], ["a", "b"])
     (here / "train" / "c").mkdir()
-    return pretrain, [*FOLDER, "--data", here], "train: Found no valid file for the classes c"
+    return pretrain, [*FOLDER, "--data", here], "train: the class c has no images"
 
 
 def folder_with_one_class(here, ckpt):
@@ -159,8 +159,8 @@ def folder_that_is_a_file(here, ckpt):
 
 def folder_with_another_test_set(here, ckpt):
     folder_of(here, ["train"], ["a", "b"])
-    folder_of(here, ["test"], ["b"])
-    return pretrain, [*FOLDER, "--data", here], "differ in their classes"
+    folder_of(here, ["test"], ["b", "d", "c"])
+    return pretrain, [*FOLDER, "--data", here], "the test set has a class c, which the training set has not"
 
 
 def damaged_fashionmnist(here, ckpt):
@@ -298,9 +298,9 @@ def probe_on_missing_data(here, ckpt):
     return linear_probe, [here / "ckpt.pt", "--dataset", "folder", "--data", here / "nowhere"], "has no folder train"
 
 
-def probe_without_a_test_set(here, ckpt):
+def probe_of_lone_images_without_a_test_set(here, ckpt):
     (here / "ckpt.pt").write_bytes(ckpt)
-    folder_of(here, ["train"], ["a", "b"])
+    folder_of(here, ["train"], ["a", "b"], count=1)
     return linear_probe, [here / "ckpt.pt", "--dataset", "folder", "--data", here], "has no folder test or val"
 
 
@@ -308,7 +308,7 @@ def probe_of_other_test_classes(here, ckpt):
     (here / "ckpt.pt").write_bytes(ckpt)
     folder_of(here, ["train"], ["a", "b"])
     folder_of(here, ["val"], ["a", "c"])
-    return linear_probe, [here / "ckpt.pt", "--dataset", "folder", "--data", here], "differ in their classes"
+    return linear_probe, [here / "ckpt.pt", "--dataset", "folder", "--data", here], "the test set has a class c"
 
 
 def probe_of_one_class(here, ckpt):
@@ -356,7 +356,7 @@ SITUATIONS = [
     probe_of_a_checkpoint_without_an_encoder,
     probe_of_another_encoder,
     probe_on_missing_data,
-    probe_without_a_test_set,
+    probe_of_lone_images_without_a_test_set,
     probe_of_other_test_classes,
     probe_of_one_class,
     probe_with("--epochs", "0"),

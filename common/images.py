@@ -1,0 +1,170 @@
+"""Image files as a person sees them, and the folders that hold them.
+
+docs/differences.md lists what this reads otherwise than torchvision's ImageFolder. The order is the same.
+"""
+
+import contextlib
+import os
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as TF
+
+from common.cli import Refused, say
+
+Image.preinit()  # the common formats come first: a file is offered to one format after the other
+ENDINGS = Image.registered_extensions()
+NO_PICTURES = {"BUFR", "FITS", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}  # measurements, films, drawing programs
+FORMATS = tuple(name for name in Image.ID if name in Image.OPEN and name not in NO_PICTURES)
+READ = {ending for ending, name in ENDINGS.items() if name in FORMATS} | {".jfif"}
+NO_NAMES = {"__MACOSX", "Thumbs.db"}  # what systems leave in folders
+BITS, WHITE_IS_ZERO = 258, 262  # TIFF's tags BitsPerSample and PhotometricInterpretation
+
+# ---------------------------------------------------------------- a file
+
+
+def read_image(path):
+    """(3, H, W) uint8: the image in a file, RGB, as a person sees it. Of an animation it is the first frame."""
+    remedy = "of the same name"
+    try:
+        with open(path, "rb") as file:
+            image = Image.open(file, formats=FORMATS)
+            image.load()
+            return TF.pil_to_tensor(as_seen(image))
+    except RangeUnknown as e:
+        raise Refused(f"{path} holds {e}, whose range is unknown: replace it by a file of 8 or 16 bits {remedy}") from e
+    except Image.DecompressionBombError as e:
+        reason = str(e).split(", could be")[0]
+        raise Refused(f"{path} is too large ({reason}): replace it by a smaller image {remedy}") from e
+    except Exception as e:  # Pillow's errors have no common class
+        raise Refused(f"{path} is not a readable image: replace it by a readable image {remedy}") from e
+
+
+class RangeUnknown(Exception):
+    """Numbers of which nothing says which are black and white."""
+
+
+def as_seen(image):
+    """An image of Pillow's in RGB: turned upright, in 8 bits, transparency composited on white."""
+    with contextlib.suppress(Exception):  # damaged EXIF data: such an image is seen as it lies
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+        return in_8_bits(image).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise RangeUnknown("whole numbers of 32 bits" if image.mode == "I" else "floating-point numbers")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def in_8_bits(image):
+    """The upper 8 bits of a grey image of 16, or as many as its TIFF tags say."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    grey = values >> tags.get(BITS, (16,))[0] - 8
+    if tags.get(WHITE_IS_ZERO) == 0:
+        grey = 255 - grey
+    grey = np.where(values == image.info.get("transparency", -1), 255, grey)  # PNG's transparent grey, on white
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+# ---------------------------------------------------------------- a folder
+
+
+class Folder(NamedTuple):
+    files: list  # paths
+    labels: list  # a place in `classes` for each file; zeros where there are no classes
+    classes: list  # names
+
+
+def find_images(root, option="--data"):
+    """The Folder of the images in root/CLASS and below, or in `root` itself where it has no class folders.
+
+    It says what it leaves out. It raises Refused, naming the option, where there is nothing to find.
+    """
+    try:
+        classes = class_folders(root, option)
+        found = list(files_below(root, classes))
+    except OSError as e:
+        raise Refused(f"{option} {str(root)[:80]} cannot be read ({e.strerror}): name another folder") from e
+    images = [(path, label) for path, label in found if label is not None and is_image(path)]
+    left_out = counted("images beside the class folders" if is_image(path) else ending(path) or "without an ending"
+                       for path, label in found if label is None or not is_image(path))
+    files, labels = map(list, zip(*images)) if images else ([], [])
+    empty = sorted(set(range(len(classes) or 1)).difference(labels))
+    if empty:
+        name = f"the class {classes[empty[0]]}" if classes else "the folder"
+        beside = f" ({left_out} cannot be read)" if left_out else ""
+        raise Refused(f"{option} {root}: {name} has no images{beside}: it takes DIR/train/CLASS/*.jpg")
+    if left_out:
+        say(f"{root}: left out {left_out}")
+    return Folder(files, labels, classes)
+
+
+def class_folders(root, option):
+    """The names of the folders in `root`, in order. Raises Refused where two of them are links to one."""
+    names = [name for name in sorted(os.listdir(root)) if is_meant(name) and os.path.isdir(os.path.join(root, name))]
+    first = {}
+    for name in names:
+        other = first.setdefault(identity(os.path.join(root, name)), name)
+        if other != name:
+            raise Refused(f"{option} {root}: the classes {other} and {name} are one folder: take one of them away")
+    return names
+
+
+def files_below(root, classes):
+    """Yields (path, label) of every file, in ImageFolder's order; its label is None beside the class folders.
+
+    Every real folder is visited once: links may run in circles.
+    """
+    here = [name for name in sorted(os.listdir(root)) if is_meant(name) and name not in classes]
+    yield from ((os.path.join(root, name), None if classes else 0) for name in here)
+    places = [os.path.join(root, name) for name in classes]
+    visited = {identity(root), *map(identity, places)}
+    for label, place in enumerate(places):
+        for folder, names in sorted(walk(place, visited)):
+            yield from ((os.path.join(folder, name), label) for name in sorted(filter(is_meant, names)))
+
+
+def walk(place, visited):
+    """Yields (folder, names of its files) of a folder and of those below it that are not in `visited`, a set."""
+    for folder, below, names in os.walk(place, followlinks=True, onerror=stop):
+        yield folder, names
+        below[:] = [name for name in sorted(filter(is_meant, below)) if is_new(os.path.join(folder, name), visited)]
+
+
+def stop(error):
+    raise error
+
+
+def is_new(folder, visited):
+    """Whether a folder was not in `visited`, where it is from now on."""
+    before = len(visited)
+    visited.add(identity(folder))
+    return len(visited) > before
+
+
+def identity(folder):
+    """What is the same for all names of a folder."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def is_meant(name):
+    """Whether a name is one that people give, and not one that a system leaves behind."""
+    return not name.startswith(".") and name not in NO_NAMES
+
+
+def is_image(path):
+    return ending(path) in READ
+
+
+def ending(path):
+    return os.path.splitext(path)[1].lower()
+
+
+def counted(kinds):
+    """How many there are of each kind, in words."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(kinds).items()))
