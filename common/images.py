@@ -18,8 +18,9 @@ Image.preinit()  # the common formats come first: a file is offered to one forma
 ENDINGS = Image.registered_extensions()
 NO_PICTURES = {"BUFR", "FITS", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}  # measurements, films, drawing programs
 FORMATS = tuple(name for name in Image.ID if name in Image.OPEN and name not in NO_PICTURES)
-READ = {ending for ending, name in ENDINGS.items() if name in FORMATS} | {".jfif"}
+READ = {ending for ending, name in ENDINGS.items() if name in FORMATS} | {".jfif", ".mpo"}
 NO_NAMES = {"__MACOSX", "Thumbs.db"}  # what systems leave in folders
+TURNS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # what may hold an orientation
 BITS, WHITE_IS_ZERO = 258, 262  # TIFF's tags BitsPerSample and PhotometricInterpretation
 
 # ---------------------------------------------------------------- a file
@@ -48,8 +49,9 @@ class RangeUnknown(Exception):
 
 def as_seen(image):
     """An image of Pillow's in RGB: turned upright, in 8 bits, transparency composited on white."""
-    with contextlib.suppress(Exception):  # damaged EXIF data: such an image is seen as it lies
-        ImageOps.exif_transpose(image, in_place=True)
+    if not TURNS.isdisjoint(image.info):
+        with contextlib.suppress(Exception):  # damaged EXIF data: such an image is seen as it lies
+            ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
         return in_8_bits(image).convert("RGB")
     if image.mode in ("I", "F"):
@@ -86,18 +88,23 @@ def find_images(root, option="--data"):
     """
     try:
         classes = class_folders(root, option)
-        found = list(files_below(root, classes))
+        files, labels, others = [], [], []
+        for path, label in files_below(root, classes):
+            if label is None or not is_image(path):
+                others.append(path)
+            else:
+                files.append(path)
+                labels.append(label)
     except OSError as e:
         raise Refused(f"{option} {str(root)[:80]} cannot be read ({e.strerror}): name another folder") from e
-    images = [(path, label) for path, label in found if label is not None and is_image(path)]
-    left_out = counted("images beside the class folders" if is_image(path) else ending(path) or "without an ending"
-                       for path, label in found if label is None or not is_image(path))
-    files, labels = map(list, zip(*images)) if images else ([], [])
+    left_out = counted(
+        "beside the class folders" if is_image(path) else ending(path) or "without an ending" for path in others)
     empty = sorted(set(range(len(classes) or 1)).difference(labels))
     if empty:
         name = f"the class {classes[empty[0]]}" if classes else "the folder"
-        beside = f" ({left_out} cannot be read)" if left_out else ""
-        raise Refused(f"{option} {root}: {name} has no images{beside}: it takes DIR/train/CLASS/*.jpg")
+        beside = f" (left out: {left_out})" if left_out else ""
+        remedy = "add some, or take its folder away" if classes else "it wants CLASS/*.jpg"
+        raise Refused(f"{option} {root}: {name} has no images{beside}: {remedy}")
     if left_out:
         say(f"{root}: left out {left_out}")
     return Folder(files, labels, classes)
