@@ -266,8 +266,8 @@ MISTAKES = {
         ("noise may leave the label",
          "torch.randint(1, max(num_classes, 2)", "torch.randint(0, max(num_classes, 2)", "labels"),
         ("the first images of a folder are of its first class",
-         "for i in torch.randperm(len(folder.samples), generator=generator(0)).tolist()][:limit]",
-         "for i in range(len(folder.samples))][:limit]", "data"),
+         "torch.randperm(len(folder.files), generator=generator(0))[:limit].tolist()",
+         "list(range(len(folder.files)))[:limit]", "data"),
         ("rows and columns of CIFAR exchanged",
          "torch.from_numpy(d.data).permute(0, 3, 1, 2)", "torch.from_numpy(d.data).permute(0, 3, 2, 1)", "data"),
         ("the test set of SVHN is its training set", 'split="train" if train else "test"', 'split="train"', "data"),
@@ -284,6 +284,7 @@ MISTAKES = {
         ("one end of a thin image goes", "== long else 2, end, long", "== long else 2, 0, long", "images"),
         ("a thin image moves by a pixel", "// 4 * 2 * short", "// 2 * short", "images"),
         ("nothing is thin", "THIN = 64 ", "THIN = 10**6 ", "images"),
+        ("every image is thin", "THIN = 64 ", "THIN = 1 ", "images"),
     ],
     "common/frozen.py": [
         ("every five hundred images have the same views",
