@@ -131,7 +131,8 @@ def load_folder(root, train, size, limit=None, stream=False):
     except OSError as e:  # a name too long, a folder that may not be read
         raise Refused(f"--data {str(root)[:80]} cannot be read ({e.strerror}): name another folder") from e
     if not found:
-        raise Missing(f"--data {root} has no folder {' or '.join(names)}: --dataset folder wants DIR/train/CLASS/*.jpg")
+        raise Missing(f"--data {root} has no folder {' or '.join(names)}: "
+                      f"--dataset folder wants DIR/{names[0]}/CLASS/*.jpg")
     folder = find_images(found[0])
     order = torch.randperm(len(folder.files), generator=generator(0))[:limit].tolist()
     files, labels = [folder.files[row] for row in order], torch.tensor([folder.labels[row] for row in order])

@@ -22,6 +22,9 @@ READ = {ending for ending, name in ENDINGS.items() if name in FORMATS} | {".jfif
 NO_NAMES = {"__MACOSX", "Thumbs.db"}  # what systems leave in folders
 TURNS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # what may hold an orientation
 BITS, WHITE_IS_ZERO = 258, 262  # TIFF's tags BitsPerSample and PhotometricInterpretation
+UNPACKED = {  # Pillow's names for the depth of a PNG file
+    "L;2": lambda grey: 85 * grey, "L;4": lambda grey: 17 * grey, "RGB;16B": lambda rgb: tuple(v >> 8 for v in rgb),
+}
 
 # ---------------------------------------------------------------- a file
 
@@ -32,6 +35,8 @@ def read_image(path):
     try:
         with open(path, "rb") as file:
             image = Image.open(file, formats=FORMATS)
+            if image.format == "PNG" and "transparency" in image.info:
+                unpack_transparency(image)
             image.load()
             return TF.pil_to_tensor(as_seen(image))
     except RangeUnknown as e:
@@ -39,8 +44,16 @@ def read_image(path):
     except Image.DecompressionBombError as e:
         reason = str(e).split(", could be")[0]
         raise Refused(f"{path} is too large ({reason}): replace it by a smaller image {remedy}") from e
+    except MemoryError:
+        raise
     except Exception as e:  # Pillow's errors have no common class
         raise Refused(f"{path} is not a readable image: replace it by a readable image {remedy}") from e
+
+
+def unpack_transparency(image):
+    """Brings the transparent colour of a PNG file, not loaded yet, to the 8 bits that Pillow brings its pixels to."""
+    unpack = UNPACKED.get(image.tile[0][3], lambda colour: colour)
+    image.info["transparency"] = unpack(image.info["transparency"])
 
 
 class RangeUnknown(Exception):
