@@ -194,7 +194,7 @@ def suffix(*kinds):
 
 
 def unused(kind, path_of, about):
-    """The kind, or kind-2, kind-3, ...: the first of which no report in path_of(kind) is there, or one of the same data.
+    """The kind, or kind-2, kind-3, ...: the first whose report, path_of(kind), is not there, or is of the same data.
 
     about: what a report of the same data holds, a dict.
     """

@@ -1,4 +1,4 @@
-"""Images as people have them: each kind of file with the pixels that a person sees, or with the line that refuses it."""
+"""Images as people have them: each kind of file with the pixels that a person sees, or the line that refuses it."""
 
 import io
 import json
@@ -84,7 +84,7 @@ def palette(**options):
 
 
 def png(values, depth, kind, *chunks, size=(SIZE, SIZE)):
-    """A PNG file by the letter of its standard. values (rows, bytes of a row); kind: 0 grey, 2 RGB, 4 with alpha, ..."""
+    """A PNG file by the letter of its standard. values: its rows; kind: 0 grey, 2 RGB, 4 and 6 with alpha."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -330,7 +330,8 @@ def names_in(folder):
     """{class: the paths of its images below its folder} of what is found."""
     found = common.images.find_images(folder)
     paths = [Path(file).relative_to(folder).parts for file in found.files]
-    return {name: ["/".join(p[1:]) for p, y in zip(paths, found.labels) if y == k] for k, name in enumerate(found.classes)}
+    of = lambda k: ["/".join(parts[1:]) for parts, label in zip(paths, found.labels) if label == k]
+    return {name: of(k) for k, name in enumerate(found.classes)}
 
 
 def test_order_and_labels_are_those_of_torchvisions_folder(tmp_path):
