@@ -27,7 +27,7 @@ from torch import nn
 
 import losses
 from common.cli import Refused, run_command, say
-from common.config import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, refuse_two_rates
+from common.config import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, refuse_two_rates, require
 from common.data import DATASETS, STREAMS, Data, Missing, all_but, generator, load_data, stratified, take
 from common.data import with_classes_of
 from common.figures import draw_probe, pyplot
@@ -234,21 +234,21 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
         train, test, tested_on = seen_and_left_out(frozen.config, source)
     else:
         train, test, tested_on = load_both(dataset, data, limit, source, seed)
-    test = with_classes_of(train, test, data)
-    if len(train.classes) < 2:
-        raise Refused(f"--data {data} has one class alone: a classifier needs two")
     if subset < 1:
         train = take(train, stratified(train.labels, subset, generator("subset", seed)))
     place = str(Path(data).resolve()) if elsewhere else None  # a run's own data may be moved, and stay its own
-    kind = kind_of_its_own(checkpoint.parent, kind, place) if elsewhere else kind
+    if elsewhere:
+        kind = kind_of_its_own(kind, lambda kind: checkpoint.with_name(f"probe{kind}.json"), {"data": place})
     return Job(checkpoint, kind, frozen, dataset, place, train, test, tested_on)
 
 
 def load_both(dataset, data, limit, source, seed):
     """(training set, test set, what the latter is). Without a test set a tenth of the training images is held out."""
     train = load_data(dataset, data, True, limit=limit, **source)
+    require_two_classes(train, data)
     try:
-        return train, load_data(dataset, data, False, **source), "the test set"
+        test = load_data(dataset, data, False, **source)
+        return train, with_classes_of(train, test, data), "the test set"
     except Missing:
         kept, held = hold_out(train.labels, seed)
         if not len(held):
@@ -258,6 +258,12 @@ def load_both(dataset, data, limit, source, seed):
     return take(train, kept), take(train, held), "a tenth of the training set"
 
 
+def require_two_classes(train, data):
+    require(train.classes,
+            f"--data {data} has images without class folders: a classifier wants DIR/train/CLASS/*.jpg")
+    require(len(train.classes) > 1, f"--data {data} has one class alone: a classifier needs two")
+
+
 def seen_and_left_out(config, source):
     """The training images that the run took, those that its --subset left out, and what the latter are."""
     if config.get("subset", 1.0) == 1:
@@ -265,6 +271,7 @@ def seen_and_left_out(config, source):
     if config.get("streams") != STREAMS:
         raise Refused("--validate cannot tell which images a run of an earlier version left out: train it again")
     data = load_data(config["dataset"], config["data"], True, limit=config["limit"], **source)
+    require_two_classes(data, config["data"])
     seen = stratified(data.labels, config["subset"], generator("subset", config["seed"]))
     return take(data, seen), take(data, all_but(seen, len(data.labels))), "what --subset left out"
 

@@ -11,7 +11,6 @@ is the plain mean. Fewer corruptions give the mean error over as many, and never
 the classifier, into robustness.json, or robustness-FOLDER.json for a published set.
 """
 
-import functools
 import json
 import os
 import time
@@ -22,18 +21,18 @@ from zipfile import BadZipFile
 import click
 import numpy as np
 import torch
-import torchvision
+import torch.utils.data
 
 from common.cli import Refused, run_command, say
 from common.config import require
 from common.corruptions import MADE, NAMES, corrupt
-from common.data import Data, generator, load_data, resize_square
+from common.data import Data, generator, load_data, resize_square, with_classes_of
 from common.figures import draw_robustness, pyplot
 from common.frozen import fingerprint, load_classifier, write_json
-from common.images import read_image, resize_and_crop
+from common.images import find_images, read_image, resize_and_crop
 from common.metrics import reliability
 from common.ranks import choose_device
-from common.run_folder import suffix
+from common.run_folder import kind_of_its_own, suffix
 from common.views import worker_batches
 
 SEVERITIES = range(1, 6)
@@ -110,6 +109,19 @@ class Cifar10C:
             yield resize_square(images, self.size), self.labels[rows]
 
 
+class Files(torch.utils.data.Dataset):
+    """(image (3, size, size) uint8, label) of each file of a Folder."""
+
+    def __init__(self, folder, size):
+        self.folder, self.size = folder, size
+
+    def __len__(self):
+        return len(self.folder.files)
+
+    def __getitem__(self, row):
+        return resize_and_crop(read_image(self.folder.files[row]), self.size), self.folder.labels[row]
+
+
 class ImageNetC:
     """Folders NAME/SEVERITY/CLASS/*.JPEG, or the same below the published archives' folders (noise, blur, ...)."""
 
@@ -130,15 +142,11 @@ class ImageNetC:
                 self.folders[name, severity] = self._folder(place / str(severity))
 
     def _folder(self, path):
-        try:
-            crop = functools.partial(resize_and_crop, size=self.size)
-            folder = torchvision.datasets.ImageFolder(path, transform=crop, loader=read_image)
-        except FileNotFoundError as e:
-            raise Refused(f"{path}: {str(e).splitlines()[0]}") from e
+        folder = find_images(path, "--corrupted")
         if folder.classes != self.classes:
             raise Refused(f"{path} holds {len(folder.classes)} classes that are not, by name, "
                           f"the {len(self.classes)} that the classifier was fitted to")
-        return folder
+        return Files(folder, self.size)
 
     def batches(self, name, severity):
         folder = self.folders[name, severity]
@@ -232,6 +240,7 @@ class Job(NamedTuple):
     source: object  # Made, Cifar10C or ImageNetC
     test: Data  # the clean images
     report: Path  # where the numbers go
+    named: dict  # the folders that were named on the command line
     about: dict  # what tells this test from another one
 
 
@@ -247,13 +256,16 @@ def prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_
     data = data or own
     elsewhere = data != own and Path(data).resolve().name
     kind = suffix(elsewhere, corrupted and corrupted.resolve().name, limit and f"first{limit}", seed and f"s{seed}")
-    report = paths[0].with_name(paths[0].stem.replace("classifier", "robustness", 1) + kind + ".json")
+    named = {"data": elsewhere and data, "corrupted": corrupted}
+    named = {name: str(Path(place).resolve()) for name, place in named.items() if place}
+    first = paths[0].stem.replace("classifier", "robustness", 1)
+    kind = kind_of_its_own(kind, lambda kind: paths[0].with_name(f"{first}{kind}.json"), named)
+    report = paths[0].with_name(f"{first}{kind}.json")
     require(os.access(report.parent, os.W_OK),
             f"{report.parent} cannot be written: copy the classifier to a folder that can")
     all_labels = corrupted and (corrupted / "labels.npy").exists()  # CIFAR-10-C's are compared with the test set's
     test = load_data(ours.dataset, data, False, size=ours.size, download=download, limit=None if all_labels else limit)
-    require(list(test.classes) == list(ours.classes),
-            f"--data {data} has other classes than {path} was fitted to: name its own test set")
+    test = with_classes_of(ours, test, data)
     source = published(corrupted, ours, limit, workers, test) if corrupted else None
     test = test._replace(images=test.images[:limit], labels=test.labels[:limit])
     about = {
@@ -265,7 +277,7 @@ def prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_
         "torch": torch.__version__,
         "corrupted": corrupted and [[str(p.resolve()), p.stat().st_mtime] for p in sorted(corrupted.iterdir())],
     }
-    return Job(paths, classifiers, source or Made(test, seed, as_files), test, report, about)
+    return Job(paths, classifiers, source or Made(test, seed, as_files), test, report, named, about)
 
 
 def measure_clean(job):
@@ -358,7 +370,7 @@ def main(path, corrupted, baseline, data, download, limit, workers, seed, as_fil
     kind = job.source.kind
     result = {"classifier": str(job.paths[0]), "kind": kind, "images": len(job.test.labels), "seed": seed,
               "as_files": as_files, "torch": torch.__version__, "seconds": round(time.perf_counter() - start, 1)}
-    result |= summary(kind, clean[0], errors[0], ece[0])
+    result |= job.named | summary(kind, clean[0], errors[0], ece[0])
     if baseline:
         result["baseline"] = {"classifier": str(job.paths[1])} | summary(kind, clean[1], errors[1], ece[1])
         ratios = [np.sum(errors[0][name]) / max(np.sum(errors[1][name]), 1e-9) for name in job.source.names]

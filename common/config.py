@@ -393,6 +393,10 @@ def fit_to_data(config, data, resumed=None):
     objective = OBJECTIVES[config.loss]
     reads_labels = objective.labels or config.ce_weight
     require(n >= config.batch, f"--batch {config.batch} is larger than the {n} training images: lower --batch")
+    wants_classes = f"--loss {config.loss}" if reads_labels else "--balanced" if config.balanced else ""
+    require(classes or not wants_classes,
+            f"--data {config.data} has images without class folders: {wants_classes} wants DIR/train/CLASS/*.jpg, "
+            "and --loss simclr takes them as they are")
     require(classes > 1 or not reads_labels,
             f"--data {config.data} has one class alone: --loss {config.loss} needs two, --loss simclr none")
     alone = torch.bincount(data.labels, minlength=classes).min() < 2

@@ -17,7 +17,7 @@ import torchvision
 from torchvision.transforms.v2 import functional as TF
 
 from common.cli import Refused, say
-from common.images import list_folder, read_image, resize_and_crop
+from common.images import find_images, read_image, resize_and_crop
 
 
 class Missing(Refused):
@@ -27,7 +27,7 @@ class Missing(Refused):
 class Data(NamedTuple):
     images: torch.Tensor  # (n, 3, H, H) uint8; of a streamed folder the first SAMPLE images alone
     labels: torch.Tensor  # (n,) int64
-    classes: list  # names
+    classes: list  # names; none where a folder's images lie without class folders
     files: list | None = None  # the path of every image of a streamed folder
 
 
@@ -61,11 +61,10 @@ def load(config, download, with_test):
     """(training set, test set or None) as the options want them. Only rank 0 needs the test set, for its diagnosis."""
     source = {"size": config.size, "download": download, "stream": config.stream}
     data, test = load_data(config.dataset, config.data, True, limit=config.limit, **source), None
-    if with_test:
+    if with_test and data.classes:
         with contextlib.suppress(Missing):
             test = load_data(config.dataset, config.data, False, **source)
-    if test is not None:
-        test = with_classes_of(data, test, config.data)
+            test = with_classes_of(data, test, config.data)
     if config.subset < 1:
         data = take(data, stratified(data.labels, config.subset, generator("subset", config.seed)))
     if config.label_noise:
@@ -109,6 +108,8 @@ def load_data(dataset, root, train, *, size=None, download=True, limit=None, str
 
 def with_classes_of(train, test, root):
     """The test set with its labels as places in the training set's list of classes, of which it may lack some."""
+    if not test.classes:
+        raise Refused(f"--data {root}: the images of the test set have no classes: it wants DIR/test/CLASS/*.jpg")
     if test.classes == train.classes:
         return test
     unknown = [name for name in test.classes if name not in train.classes]
@@ -122,15 +123,16 @@ def with_classes_of(train, test, root):
 
 
 def load_folder(root, train, size, limit=None, stream=False):
-    """The images of the classes' folders in root/train, or in root/test or root/val, shuffled by a fixed seed."""
+    """The images in root/train, or in root/test or root/val, shuffled by a fixed seed."""
     names = ["train"] if train else ["test", "val"]
     try:
         found = [Path(root, name) for name in names if Path(root, name).is_dir()]
     except OSError as e:  # a name too long, a folder that may not be read
         raise Refused(f"--data {str(root)[:80]} cannot be read ({e.strerror}): name another folder") from e
     if not found:
-        raise Missing(f"--data {root} has no folder {' or '.join(names)}: --dataset folder wants DIR/train/CLASS/*.jpg")
-    folder = list_folder(found[0])
+        raise Missing(f"--data {root} has no folder {' or '.join(names)}: "
+                      f"--dataset folder wants DIR/{names[0]}/CLASS/*.jpg")
+    folder = find_images(found[0])
     order = torch.randperm(len(folder.files), generator=generator("folder"))[:limit].tolist()
     files, labels = [folder.files[i] for i in order], [folder.labels[i] for i in order]
 

@@ -1,8 +1,11 @@
-"""Folders of images, and one image as a person sees it who opens the file."""
+"""Image files as a person sees them, the folders that hold them, and the square in the middle of an image.
 
-import collections
+Order and classes of a folder are those of torchvision's ImageFolder. docs/differences.md lists what is read otherwise.
+"""
+
+import contextlib
 import os
-from pathlib import Path
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -11,99 +14,77 @@ from torchvision.transforms.v2 import functional as TF
 
 from common.cli import Refused, say
 
-ENDINGS = tuple(
-    ending for ending in (".jpg .jpeg .jpe .jfif .png .apng .gif .webp .avif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm "
-                          ".jp2 .j2k .tga").split()
-    if ending in Image.registered_extensions()
-)
+Image.preinit()  # the common formats come first: a file is offered to one format after the other
+ENDINGS = Image.registered_extensions()
+NO_PICTURES = {"BUFR", "FITS", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}  # measurements, films, drawing programs
+FORMATS = tuple(name for name in Image.ID if name in Image.OPEN and name not in NO_PICTURES)
+READ = {ending for ending, name in ENDINGS.items() if name in FORMATS} | {".jfif", ".mpo"}
 SMALL = 64  # pixels; larger images are blurred, resized and augmented as ImageNet's are
-ORIENTATION = 0x0112  # the tag of EXIF and TIFF
-LONG = 8  # times its short side: what is longer is cut before it is resized
+THIN = 64  # times as long as wide: longer images lose their ends before they are resized
+NO_NAMES = {"__MACOSX", "Thumbs.db"}  # what systems leave in folders
+TURNS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # what may hold an orientation
+BITS, WHITE_IS_ZERO = 258, 262  # TIFF's tags BitsPerSample and PhotometricInterpretation
+UNPACKED = {  # Pillow's names for the depth of a PNG file
+    "L;2": lambda grey: 85 * grey, "L;4": lambda grey: 17 * grey, "RGB;16B": lambda rgb: tuple(v >> 8 for v in rgb),
+}
 
-# ---------------------------------------------------------------- folders
-
-
-class Folder(NamedTuple):
-    files: list  # paths, class by class
-    labels: list  # places in `classes`
-    classes: list  # names of the folders, in order
-
-
-def list_folder(root):
-    """The images in root/CLASS and the folders below, as torchvision's ImageFolder orders them.
-
-    Names that begin with a dot, __MACOSX and Thumbs.db are no classes and no images. Files whose ending is not an
-    image's are left out, and counted in one line. A folder that links lead to twice is read once. Raises Refused where
-    there is no class, or a class has no image.
-    """
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
-    if not classes:
-        raise Refused(f"--data: {root} has no folder in it: --dataset folder wants DIR/train/CLASS/*.jpg")
-    files, labels, left_out = [], [], collections.Counter()
-    for label, name in enumerate(classes):
-        found = list_images(Path(root, name), left_out)
-        if not found:
-            raise Refused(f"--data: {root} has no image in the class {name}: fill the folder or remove it")
-        files += found
-        labels += [label] * len(found)
-    if left_out:
-        counts = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in left_out.most_common())
-        say(f"{root}: left out what is no image by its ending ({counts})")
-    return Folder(files, labels, classes)
-
-
-def list_images(root, left_out):
-    """The paths of the images below a folder; counts the endings of all other files in `left_out`."""
-    seen, found = set(), []
-    for place, folders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(place) in seen:  # links in a circle would lead here for ever
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        names = sorted(name for name in names if not is_hidden(name))
-        images = [name for name in names if name.lower().endswith(ENDINGS)]
-        found.append((place, images))
-        left_out.update(Path(name).suffix for name in sorted(set(names) - set(images)))
-    return [os.path.join(place, name) for place, names in sorted(found) for name in names]
-
-
-def is_hidden(name):
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db")
-
-
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- a file
 
 
 def read_image(path):
-    """(3, H, W) uint8: the image upright, on white where it is transparent, its first frame if it moves.
-
-    16-bit grey is scaled to 8 bits. Raises Refused where the file holds no image, or values of an unknown range.
-    """
+    """(3, H, W) uint8: the image in a file, RGB, as a person sees it. Of an animation it is the first frame."""
+    remedy = "of the same name"
     try:
-        with Image.open(path) as file:
-            return TF.pil_to_tensor(as_seen(file, path))
-    except Refused:
-        raise
+        with open(path, "rb") as file:
+            image = Image.open(file, formats=FORMATS)
+            if image.format == "PNG" and "transparency" in image.info:
+                unpack_transparency(image)
+            image.load()
+            return TF.pil_to_tensor(as_seen(image))
+    except RangeUnknown as e:
+        raise Refused(f"{path} holds {e}, whose range is unknown: replace it by a file of 8 or 16 bits {remedy}") from e
     except Image.DecompressionBombError as e:
-        raise Refused(f"{path} is larger than Pillow reads ({e}): make it smaller") from e
+        reason = str(e).split(", could be")[0]
+        raise Refused(f"{path} is too large ({reason}): replace it by a smaller image {remedy}") from e
+    except MemoryError:
+        raise
     except Exception as e:  # Pillow's errors have no common class
-        raise Refused(f"{path} is not a readable image: replace it by a readable one of the same name") from e
+        raise Refused(f"{path} is not a readable image: replace it by a readable image {remedy}") from e
 
 
-def as_seen(picture, path):
-    """An opened file as RGB of 8 bits."""
-    if picture.getexif().get(ORIENTATION, 1) != 1:
-        ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode.startswith("I;16") or picture.mode == "I" and picture.format == "PPM":
-        values = np.asarray(picture).astype(np.int64) >> 8
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
-        raise Refused(f"{path} holds values of 32 bits, whose range is unknown: save it with 8 or 16 bits")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        ground = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
-    return picture.convert("RGB")
+def unpack_transparency(image):
+    """Brings the transparent colour of a PNG file, not loaded yet, to the 8 bits that Pillow brings its pixels to."""
+    unpack = UNPACKED.get(image.tile[0][3], lambda colour: colour)
+    image.info["transparency"] = unpack(image.info["transparency"])
+
+
+class RangeUnknown(Exception):
+    """Numbers of which nothing says which are black and white."""
+
+
+def as_seen(image):
+    """An image of Pillow's in RGB: turned upright, in 8 bits, transparency composited on white."""
+    if not TURNS.isdisjoint(image.info):
+        with contextlib.suppress(Exception):  # damaged EXIF data: such an image is seen as it lies
+            ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+        return in_8_bits(image).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise RangeUnknown("whole numbers of 32 bits" if image.mode == "I" else "floating-point numbers")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def in_8_bits(image):
+    """The upper 8 bits of a grey image of 16, or as many as its TIFF tags say."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    grey = values >> tags.get(BITS, (16,))[0] - 8
+    if tags.get(WHITE_IS_ZERO) == 0:
+        grey = 255 - grey
+    grey = np.where(values == image.info.get("transparency", -1), 255, grey)  # PNG's transparent grey, on white
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 def resize_and_crop(image, size):
@@ -113,8 +94,121 @@ def resize_and_crop(image, size):
     """
     if image.shape[-2:] == (size, size):
         return image
-    height, width = image.shape[-2:]
-    longest = LONG * min(height, width)
-    if max(height, width) > longest:  # resized as a whole it might fill the memory
-        image = TF.center_crop(image, [min(height, longest), min(width, longest)])
-    return TF.center_crop(TF.resize(image, size * 8 // 7 if size > SMALL else size, antialias=True), size)
+    side = size * 8 // 7 if size > SMALL else size
+    return TF.center_crop(TF.resize(without_far_ends(image), side, antialias=True), size)
+
+
+def without_far_ends(image):
+    """The middle of an image that is more than THIN times as long as wide; any other one stays as it is.
+
+    Resized as a whole, such an image might fill the memory. An even number of widths goes at either end, so that the
+    pixels of the middle, resized, lie where they lay.
+    """
+    short, long = sorted(image.shape[-2:])
+    end = max(long // short - THIN, 0) // 4 * 2 * short
+    return image.narrow(1 if image.shape[1] == long else 2, end, long - 2 * end) if end else image
+
+
+# ---------------------------------------------------------------- a folder
+
+
+class Folder(NamedTuple):
+    files: list  # paths
+    labels: list  # a place in `classes` for each file; zeros where there are no classes
+    classes: list  # names
+
+
+def find_images(root, option="--data"):
+    """The Folder of the images in root/CLASS and below, or in `root` itself where it has no class folders.
+
+    It says what it leaves out. It raises Refused, naming the option, where there is nothing to find.
+    """
+    try:
+        classes = class_folders(root, option)
+        files, labels, others = [], [], []
+        for path, label in files_below(root, classes):
+            if label is None or not is_image(path):
+                others.append(path)
+            else:
+                files.append(path)
+                labels.append(label)
+    except OSError as e:
+        raise Refused(f"{option} {str(root)[:80]} cannot be read ({e.strerror}): name another folder") from e
+    left_out = counted(
+        "beside the class folders" if is_image(path) else ending(path) or "without an ending" for path in others)
+    empty = sorted(set(range(len(classes) or 1)).difference(labels))
+    if empty:
+        name = f"the class {classes[empty[0]]}" if classes else "the folder"
+        beside = f" (left out: {left_out})" if left_out else ""
+        remedy = "add some, or take its folder away" if classes else "it wants CLASS/*.jpg"
+        raise Refused(f"{option} {root}: {name} has no images{beside}: {remedy}")
+    if left_out:
+        say(f"{root}: left out {left_out}")
+    return Folder(files, labels, classes)
+
+
+def class_folders(root, option):
+    """The names of the folders in `root`, in order. Raises Refused where two of them are links to one."""
+    names = [name for name in sorted(os.listdir(root)) if is_meant(name) and os.path.isdir(os.path.join(root, name))]
+    first = {}
+    for name in names:
+        other = first.setdefault(identity(os.path.join(root, name)), name)
+        if other != name:
+            raise Refused(f"{option} {root}: the classes {other} and {name} are one folder: take one of them away")
+    return names
+
+
+def files_below(root, classes):
+    """Yields (path, label) of every file, in ImageFolder's order; its label is None beside the class folders.
+
+    Every real folder is visited once: links may run in circles.
+    """
+    here = [name for name in sorted(os.listdir(root)) if is_meant(name) and name not in classes]
+    yield from ((os.path.join(root, name), None if classes else 0) for name in here)
+    places = [os.path.join(root, name) for name in classes]
+    visited = {identity(root), *map(identity, places)}
+    for label, place in enumerate(places):
+        for folder, names in sorted(walk(place, visited)):
+            yield from ((os.path.join(folder, name), label) for name in sorted(filter(is_meant, names)))
+
+
+def walk(place, visited):
+    """Yields (folder, names of its files) of a folder and of those below it that are not in `visited`, a set."""
+    for folder, below, names in os.walk(place, followlinks=True, onerror=stop):
+        yield folder, names
+        below[:] = [name for name in sorted(filter(is_meant, below)) if is_new(os.path.join(folder, name), visited)]
+
+
+def stop(error):
+    raise error
+
+
+def is_new(folder, visited):
+    """Whether a folder was not in `visited`, where it is from now on."""
+    before = len(visited)
+    visited.add(identity(folder))
+    return len(visited) > before
+
+
+def identity(folder):
+    """What is the same for all names of a folder."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def is_meant(name):
+    """Whether a name is one that people give, and not one that a system leaves behind."""
+    return not name.startswith(".") and name not in NO_NAMES
+
+
+def is_image(path):
+    return ending(path) in READ
+
+
+def ending(path):
+    return os.path.splitext(path)[1].lower()
+
+
+def counted(kinds):
+    """How many there are of each kind, in words."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(kinds).items()))

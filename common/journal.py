@@ -38,7 +38,8 @@ def announce(run, data, test, world):
     say(f"{config.loss}{tau}; batch {config.batch} x {config.views} views, {config.epochs} epochs, lr {config.lr:.4g} "
         f"after {config.warmup:g} epochs of warm-up; {config.run}")
     if test is None:
-        say(f"no test set in {config.data}: no k-NN accuracy after the epochs")
+        lacking = "no test set" if data.classes else "no class folders"
+        say(f"{lacking} in {config.data}: no k-NN accuracy after the epochs")
 
 
 class Losses:

@@ -41,8 +41,11 @@ def reliability(scores, labels, bins=15):
 
 
 def per_class(scores, labels, classes):
+    """Accuracy in percent of each class that has images."""
     table = confusion(scores, labels).double()
-    return dict(zip(classes, (100 * table.diagonal() / table.sum(1).clamp(min=1)).tolist()))
+    images = table.sum(1)
+    shares = zip(classes, (100 * table.diagonal() / images.clamp(min=1)).tolist(), images.tolist())
+    return {name: share for name, share, count in shares if count}
 
 
 def best_temperature(scores, labels):

@@ -10,6 +10,7 @@
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
@@ -192,23 +193,27 @@ def suffix(*kinds):
     return "".join(f"-{kind}" for kind in kinds if kind)
 
 
-def kind_of_its_own(folder, kind, place):
-    """`kind`, or with a number behind it where a probe of other data has left files of that name."""
-    number, free = 1, kind
-    while is_of_other_data(folder / f"probe{free}.json", place):
-        number += 1
-        free = f"{kind}-{number}"
+def kind_of_its_own(kind, path_of, about):
+    """The first of kind, kind-2, kind-3, ... whose report path_of(kind) does not exist or is of the same data.
+
+    about: what a report of the same data holds, a dict. Reports of other data that have the same name are kept.
+    """
+    numbered = (f"{kind}-{k}" for k in itertools.count(2))
+    free = next(name for name in itertools.chain([kind], numbered) if is_free(path_of(name), about))
     if free != kind:
-        say(f"probe{kind}.json in {folder} is of other data of the same name: this probe writes probe{free}.json")
+        say(f"{path_of(kind)} is of other data of the same name: this report is {path_of(free).name}")
     return free
 
 
-def is_of_other_data(path, place):
+def is_free(path, about):
+    """Whether a report may be written there: nothing stands there, or a report that holds what `about` says."""
     try:
-        found = json.loads(path.read_text()).get("data")
-    except (OSError, ValueError, AttributeError):
+        found = json.loads(path.read_text())
+    except OSError:  # what is there and cannot be read cannot be written either, which is refused then
+        return True
+    except ValueError:
         return False
-    return found not in (None, place)  # earlier versions did not write it down
+    return isinstance(found, dict) and found | about == found
 
 
 def write_aside(path, write, keep_as=None):

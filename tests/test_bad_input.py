@@ -147,13 +147,13 @@ def test_bad_options_give_one_line_and_status_2(arguments, words, tmp_path, monk
 
 def folder_without_classes(here, ckpt):
     (here / "train").mkdir()
-    return pretrain, [*FOLDER, "--data", here], "train has no folder in it: --dataset folder wants DIR/train/CLASS"
+    return pretrain, [*FOLDER, "--data", here], "train: the folder has no images: it wants CLASS/*.jpg"
 
 
 def folder_with_an_empty_class(here, ckpt):
     folder_of(here, ["train"], ["a", "b"])
     (here / "train" / "c").mkdir()
-    return pretrain, [*FOLDER, "--data", here], "has no image in the class c: fill the folder or remove it"
+    return pretrain, [*FOLDER, "--data", here], "train: the class c has no images: add some"
 
 
 def folder_with_one_class(here, ckpt):

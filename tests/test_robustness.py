@@ -243,7 +243,7 @@ def an_empty_severity(here, probed, folder):
     root = imagenet_c(here / "c", common.corruptions.NAMES[3:5])
     for file in (root / "noise" / "defocus_blur" / "2").rglob("*.png"):
         file.unlink()
-    return folder, ["--corrupted", root], "Found no valid file"
+    return folder, ["--corrupted", root], "has no images"
 
 
 def cifar10_c_with(here, **files):
@@ -335,7 +335,7 @@ def a_name_too_long(here, probed, folder):
 
 def another_test_set(here, probed, folder):
     folder_of(here, ["test"], ["x", "y", "z"])
-    return folder, ["--data", here], "has other classes than"
+    return folder, ["--data", here], "has a class x, and the training set has none of that name"
 
 
 @pytest.mark.parametrize(
