@@ -9,13 +9,15 @@
 
 A run folder holds config.json, log.jsonl and checkpoints (common/run_folder.py). `--batch` is the number of images over
 all ranks. Order and views depend on (seed, epoch, place in the global batch) alone: not on the number of ranks, and not
-on whether the run was interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run.
+on whether the run was interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run,
+with status 143 or 130; SIGUSR1 and SIGUSR2 save one, and the run goes on.
 """
 
 import contextlib
 import dataclasses
 import os
 import shlex
+import signal
 import time
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
-from common.cli import Refused, run_command, say
+from common.cli import Refused, Stopped, run_command, say, signals_noted
 from common.config import GroupedCommand, complete, config_options, fit_to_data, read
 from common.data import load_on_every_rank, mean_and_std
 from common.journal import open_journal
@@ -36,7 +38,7 @@ from common.objectives import OBJECTIVES, total_loss
 from common.optim import learning_rate, make_optimizer, set_learning_rate
 from common.presets import PRESETS, describe
 from common.ranks import Ranks, choose_device, gather_views, tf32_allowed
-from common.run_folder import FORMAT, load_state, refuse_unusable, signals_noted
+from common.run_folder import FORMAT, load_state, refuse_unusable
 from common.views import make_batches
 
 # ---------------------------------------------------------------- the loop
@@ -68,6 +70,8 @@ def train(config, resumed=None):
                 journal.close(run)
         ranks.meet()
         say_how_it_ended(run)
+        if run.step < run.total_steps:
+            raise Stopped(asked.end or signal.SIGTERM)  # the signal may have come to another rank
         return journal and journal.entry
 
 
@@ -78,8 +82,10 @@ def train_steps(run, data, test, ranks, journal, asked):
     while run.step < run.total_steps:
         with ranks.hold_refusals():
             batch = next(batches)
-        if ranks.any(asked or ranks.refusal):
+        end, save = ranks.largest(bool(asked.end or ranks.refusal), asked.save)
+        if end:
             break
+        asked.save = asked.save and not save
         lr = set_learning_rate(run.optimizer, learning_rate(config, run.step, run.steps_per_epoch))
         run.optimizer.zero_grad()
         loss, z = interruptible_step(run, batch, asked)
@@ -92,7 +98,7 @@ def train_steps(run, data, test, ranks, journal, asked):
                 journal.note_step(run, loss, lr)
                 if run.ends_epoch:
                     journal.note_epoch(run, diagnose(run, z, data, test))
-                journal.save_now_and_then(run)
+                journal.save_now_and_then(run, save)
 
 
 def interruptible_step(run, batch, asked):
@@ -100,7 +106,7 @@ def interruptible_step(run, batch, asked):
     try:
         return training_step(run, batch)
     except Exception as e:
-        if not (asked and run.config.compile):
+        if not (asked.end and run.config.compile):
             raise
         raise Refused(f"stopped while step {run.step + 1} was compiled; this goes on: "
                       f"{resume_command(run.config.run)}") from e

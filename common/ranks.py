@@ -71,7 +71,7 @@ class Ranks:
 
     def __exit__(self, kind, error, trace):
         """Leaves the group together with the others; after an error that they do not know of, at once."""
-        agreed = error is None or isinstance(error, (Refused, RefusedElsewhere))
+        agreed = error is None or isinstance(error, (Refused, SystemExit))
         if self.world > 1 and agreed:
             traceback.clear_frames(trace)  # gloo aborts at exit while a DistributedDataParallel is there:
             gc.collect()  # an error's frames keep it, and it keeps itself
@@ -86,18 +86,18 @@ class Ranks:
         except Refused as e:
             self.refusal = self.refusal or e
 
-    def any(self, flag):
-        """Whether the flag holds on any rank. It travels between CPUs, so that no rank waits for its GPU."""
-        if self.world == 1:
-            return bool(flag)
-        held = torch.tensor(bool(flag), dtype=torch.int32)
-        dist.all_reduce(held, dist.ReduceOp.MAX)
-        return bool(held)
+    def largest(self, *numbers):
+        """The largest of each number over the ranks. They travel between CPUs, so that no rank waits for its GPU."""
+        held = torch.tensor(numbers, dtype=torch.int32)
+        if self.world > 1:
+            dist.all_reduce(held, dist.ReduceOp.MAX)
+        return held.tolist()
 
     def meet(self):
-        """Waits for all ranks, and raises on each of them what one of them has refused."""
-        if self.any(self.refusal):
-            raise self.refusal or RefusedElsewhere()
+        """Waits for all ranks. What one has refused is raised on all; the first of several that have is the one to speak."""
+        (speaker,) = self.largest(self.world - self.rank if self.refusal else 0)
+        if speaker:
+            raise self.refusal if self.rank == self.world - speaker else RefusedElsewhere()
 
 
 def gather_views(rows, views):

@@ -7,14 +7,12 @@
     lock              held by the process that writes here, while it runs
 """
 
-import contextlib
 import dataclasses
 import errno
 import json
 import math
 import os
 import platform
-import signal
 import subprocess
 from pathlib import Path
 
@@ -281,20 +279,3 @@ def describe_run(config, world):
             "torchvision": torchvision.__version__,
         },
     }
-
-
-@contextlib.contextmanager
-def signals_noted():
-    """Gives a list to which SIGTERM, SIGINT and SIGHUP are added, so that a run ends at the end of a step.
-
-    A second signal changes nothing. A signal that is ignored already, as under nohup, stays ignored.
-    """
-    asked = []
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    before = [signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers]
-    try:
-        yield asked
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, signal.SIG_IGN if asked else handler)

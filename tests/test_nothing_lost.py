@@ -68,12 +68,32 @@ def test_a_signal_saves_and_ends_with_the_command_that_goes_on(word, long, tmp_p
     stopped.signal(word)
     stopped.wait(timeout=10)
     step = common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"]
-    assert stopped.status == 0 and "Traceback" not in stopped.err and 9 <= step < 64
+    assert stopped.status == 128 + word and "Traceback" not in stopped.err and 9 <= step < 64
     assert f"stopped after step {step} of 64" in stopped.out
     command = shlex.split(stopped.out.splitlines()[-1])
     assert command == ["python", "pretrain.py", "--resume", str(folder)]
     train(*command[2:])
     assert log_of(folder) == log_of(long) and same_bits(state_of(folder), state_of(long))
+
+
+@pytest.mark.parametrize("word", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_warning_signal_saves_and_the_run_goes_on(word, long, tmp_path):
+    folder = tmp_path / "run"
+    warned = start("pretrain", *LONG, "--run-dir", folder)
+    wait_for_step(folder, 9, warned.running)
+    warned.signal(word)
+    assert warned.wait().status == 0
+    step = int(re.search(r"saved step (\d+), as a signal asked; the run goes on", warned.out)[1])
+    assert 9 <= step < 64
+    assert log_of(folder) == log_of(long) and same_bits(state_of(folder), state_of(long))
+
+
+def test_a_warning_signal_to_any_rank_saves(tmp_path):
+    folder = tmp_path / "run"
+    warned = start("pretrain", *LONG, "--run-dir", folder, ranks=2)
+    wait_for_step(folder, 9, warned.running)
+    os.kill(warned.pids[1], signal.SIGUSR1)
+    assert warned.wait().status == 0 and warned.out.count("as a signal asked") == 1
 
 
 def run_into_a_closed_pipe(*arguments):
@@ -114,6 +134,7 @@ def test_a_signal_to_torchrun_in_the_middle_of_an_epoch_ends_every_rank(tmp_path
     wait_for_step(folder, 35, lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=10)  # torchrun ends after its ranks have
+    assert process.returncode != 0  # a scheduler must not take the run for a finished one
     step = common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"]
     assert 35 <= step < 60 and step % 30
     assert out.splitlines()[-1] == f"torchrun --nproc_per_node=2 pretrain.py --resume {folder}"
@@ -370,7 +391,7 @@ def test_a_signal_that_ends_the_compiler_too_ends_the_run_in_one_line(tmp_path, 
 
     words = [*SMALL, "--epochs", "1", "--compile", "--run-dir", run]
     monkeypatch.setattr(pretrain, "training_step", told_to_stop)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)}
     with pytest.raises(common.cli.Refused, match="stopped while step 1 was compiled; this goes on: .*--resume"):
         train(*words)
     for number, handler in handlers.items():  # a run that was told to stop ignores what else comes

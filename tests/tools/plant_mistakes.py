@@ -485,9 +485,6 @@ MISTAKES = {
         ("the damaged checkpoint takes the good one's place",
          'os.replace(newest, self.path / "ckpt-damaged.pt")', "pass", "keeping"),
         ("the earlier parts of a run are forgotten", 'return before.get("earlier", []) + [', "return [", "keeping"),
-        ("a second signal ends the run at once",
-         "lambda number, frame: asked.append(number))",
-         "lambda number, frame: asked.append(number) if not asked else sys.exit(1))", "keeping"),
     ],
     "common/views.py": [
         ("the row and the column of a crop from one number",
@@ -598,12 +595,17 @@ MISTAKES = {
     ],
     "common/ranks.py": [
         ("a refusal is not agreed on",
-         "        if self.any(self.refusal):\n", "        if self.refusal:\n", "nothing_lost"),
+         "        if speaker:\n", "        if self.refusal:\n", "nothing_lost"),
+        ("what one rank is asked, the others do not hear",
+         "dist.all_reduce(held, dist.ReduceOp.MAX)", "pass", "nothing_lost"),
         ("views of two ranks one rank after the other",
          "return losses.all_gather_rows(by_image).transpose(0, 1).flatten(0, 1)",
          "return losses.all_gather_rows(rows)", "runs"),
     ],
     "common/cli.py": [
+        ("a second signal ends the run at once",
+         "self.end = self.end or number", "self.end = number if not self.end else sys.exit(1)", "keeping"),
+        ("a stopped run ends with status 0", "super().__init__(128 + number)", "super().__init__(0)", "nothing_lost"),
         ("what a user can put right ends with status 1", "    sys.exit(2)\n", "    sys.exit(1)\n", "bad_input"),
     ],
 }
