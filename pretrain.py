@@ -38,21 +38,23 @@ from common.objectives import OBJECTIVES, total_loss
 from common.optim import learning_rate, make_optimizer, set_learning_rate
 from common.presets import PRESETS, describe
 from common.ranks import Ranks, choose_device, gather_views, tf32_allowed
-from common.run_folder import FORMAT, load_state, refuse_unusable
+from common.run_folder import FORMAT, is_finished, load_state, refuse_unusable
 from common.views import make_batches
 
 # ---------------------------------------------------------------- the loop
 
 
-def train(config, resumed=None):
+def train(config, ranks, resumed=None):
     """Trains as the Config says and returns the log entry of the last epoch, on rank 0.
 
-    resumed: the contents of a checkpoint to go on from. Every rank of a torchrun calls this with the same arguments.
+    resumed: the contents of a checkpoint to go on from. Every rank calls this with the same arguments. Rank 0 alone
+    reads and writes the run's folder, so that no other node needs it.
     """
-    with Ranks(config.device) as ranks, tf32_allowed(config.precision != "float32"):
+    with tf32_allowed(config.precision != "float32"):
         with ranks.hold_refusals():
             complete(config, ranks.world)
-            refuse_unusable(Path(config.run), resuming=resumed is not None)
+            if ranks.rank == 0:
+                refuse_unusable(Path(config.run), resuming=resumed is not None)
         ranks.meet()
         data, test = load_on_every_rank(config, ranks)
         with ranks.hold_refusals():
@@ -301,7 +303,9 @@ def say_how_it_ended(run):
 
 def resume_command(run):
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
-    start = f"torchrun --nproc_per_node={ranks}" if ranks else "python"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    several = f"--nnodes={nodes} " if nodes > 1 else ""
+    start = f"torchrun {several}--nproc_per_node={ranks}" if ranks else "python"
     return f"{start} {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(run))}"
 
 
@@ -310,15 +314,33 @@ def resume_command(run):
 
 @click.command(cls=GroupedCommand, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @config_options
-@click.option("--resume", metavar="RUN", help="Go on with the run in this folder; --epochs may extend it.")
+@click.option("--resume", metavar="RUN", help="Go on with the run in this folder; --epochs may extend it. "
+              "auto: go on with the run in --run-dir if there is one, else start it.")
 @click.pass_context
 def main(context, resume, **options):
     """Contrastive pretraining: an encoder and a projection head, one loss, one loop."""
     if options["recipe"] == "list":
         return click.echo("\n".join(line for name in PRESETS for line in describe(name)))
-    config, contents = read(context, resume, options)
-    config.device = str(choose_device(config.device))
-    return train(config, contents)
+    with Ranks() as ranks:
+        config, contents = read_on_first(context, resume, options, ranks)
+        if resume == "auto" and contents and is_finished(contents, config.epochs):
+            return say(f"{config.run} is finished: python linear_probe.py {config.run}/ckpt.pt")
+        return train(config, ranks, contents)
+
+
+def read_on_first(context, resume, options, ranks):
+    """(Config, contents of the checkpoint to go on from, or None) as rank 0 reads them, but each with its own device."""
+    found = None
+    with ranks.hold_refusals():
+        if ranks.rank == 0:
+            found = read(context, resume, options)
+    ranks.meet()
+    config, contents = ranks.from_first(found)
+    with ranks.hold_refusals():
+        ranks.use(choose_device(config.device))
+    ranks.meet()
+    config.device = str(ranks.device)
+    return config, contents
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ except ImportError:  # Windows: nothing keeps a second process out
     fcntl = None
 
 
+CHECKPOINTS = "ckpt.pt", "ckpt-previous.pt"
 FORMAT = "supcon-pretrain-1"
 ENTRIES = {"config": dict, "step": int, "seconds": float, "encoder": dict, "optimizer": dict,
            "mean": torch.Tensor, "std": torch.Tensor, "classes": list}
@@ -55,7 +56,7 @@ def load_plain(path, kind, script, form, entries, remedy):
 
 def newest_checkpoint(run):
     """(contents, warning or None) of the newest readable checkpoint in the folder `run`."""
-    newest, previous = run / "ckpt.pt", run / "ckpt-previous.pt"
+    newest, previous = (run / name for name in CHECKPOINTS)
     if not (is_there(newest) or is_there(previous)):
         raise Refused(f"--resume {run} has no checkpoint: name the folder of a run")
     try:
@@ -67,6 +68,12 @@ def newest_checkpoint(run):
     if not newest.exists():
         return contents, None
     return contents, f"{newest} cannot be read: going on from {previous}, step {contents['step']}"
+
+
+def is_finished(contents, epochs):
+    """Whether the run of a checkpoint has taken all steps of so many epochs."""
+    images = contents.get("images")  # up to version 0.3 there is no such entry
+    return images is not None and contents["step"] >= epochs * (images // contents["config"]["batch"])
 
 
 def load_state(module, state, path):
@@ -96,7 +103,7 @@ def refuse_unusable(run, resuming):
 
 def holds_steps(run):
     """Whether there is a checkpoint that a new run would lose. One of step 0 is no loss."""
-    checkpoints = [path for path in (run / "ckpt.pt", run / "ckpt-previous.pt") if path.exists()]
+    checkpoints = [run / name for name in CHECKPOINTS if (run / name).exists()]
     try:
         return any(load_checkpoint(path)["step"] > 0 for path in checkpoints)
     except Refused:
@@ -168,7 +175,7 @@ class RunFolder:
 
     def save(self, contents):
         """Writes a checkpoint aside, flushes it to the disk and renames it: the folder always holds a whole one."""
-        newest, previous = self.path / "ckpt.pt", self.path / "ckpt-previous.pt"
+        newest, previous = (self.path / name for name in CHECKPOINTS)
         try:
             if self._log:
                 os.fsync(self._log.fileno())  # no checkpoint is newer than its log

@@ -17,7 +17,7 @@ import common.cli
 import common.run_folder
 import linear_probe
 import pretrain
-from children import Launch, call, run_script, start, workers_of
+from children import call, run_script, start, workers_of
 from kill_and_resume import WAYS, kill_and_resume
 from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal, same_bits, state_of, torchrun, train
 
@@ -195,22 +195,9 @@ def test_what_one_rank_alone_refuses_ends_every_rank(tmp_path):
     assert ended.err.count("is not a readable image") == 1 and "gloo" not in ended.err
 
 
-def train_in_a_folder_of_its_own(folder, *arguments):
-    """In a rank: as on a machine that shares no disk with the others."""
-    os.chdir(os.path.join(folder, os.environ["RANK"]))
-    run_script("pretrain", *arguments)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_alone_refuses_before_the_first_step_ends_every_rank(rank, tmp_path):
-    for other in range(2):
-        (tmp_path / str(other)).mkdir()
-    (tmp_path / str(rank) / "run").mkdir()
-    (tmp_path / str(rank) / "run" / "log.jsonl").write_text("a log")
-    arguments = (str(tmp_path), *SMALL, "--run-dir", "run")
-    ended = Launch(train_in_a_folder_of_its_own, arguments, ranks=2).wait(timeout=30)
-    assert [process.exitcode for process in ended.processes] == [2, 2]
-    assert ended.err.count("already holds a run") == 1
+def test_what_every_rank_refuses_is_said_once(tmp_path):
+    ended = start("pretrain", *SMALL, "--batch", "49", "--run-dir", tmp_path / "run", ranks=2).wait()
+    assert ended.status == 2 and ended.err.count("\n") == 1 and "not a multiple of the 2 ranks" in ended.err
 
 
 def test_config_keeps_what_the_earlier_parts_of_a_run_ran_on(tmp_path):
@@ -391,7 +378,8 @@ def test_a_signal_that_ends_the_compiler_too_ends_the_run_in_one_line(tmp_path, 
 
     words = [*SMALL, "--epochs", "1", "--compile", "--run-dir", run]
     monkeypatch.setattr(pretrain, "training_step", told_to_stop)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     with pytest.raises(common.cli.Refused, match="stopped while step 1 was compiled; this goes on: .*--resume"):
         train(*words)
     for number, handler in handlers.items():  # a run that was told to stop ignores what else comes

@@ -162,9 +162,12 @@ MISTAKES = {
         ("the gradients of the last step stay", "        run.optimizer.zero_grad()\n", "", "runs log"),
         ("one rank alone ends, the others wait",
          "        with ranks.hold_refusals():\n            complete(config, ranks.world)\n"
-         "            refuse_unusable(Path(config.run), resuming=resumed is not None)\n        ranks.meet()\n",
-         "        complete(config, ranks.world)\n"
-         "        refuse_unusable(Path(config.run), resuming=resumed is not None)\n", "nothing_lost"),
+         "            if ranks.rank == 0:\n"
+         "                refuse_unusable(Path(config.run), resuming=resumed is not None)\n        ranks.meet()\n",
+         "        complete(config, ranks.world)\n        if ranks.rank == 0:\n"
+         "            refuse_unusable(Path(config.run), resuming=resumed is not None)\n", "nothing_lost"),
+        ("a run goes on from the checkpoint of its own node",
+         "    if ranks.rank == 0:\n            found = read(", "    if True:\n            found = read(", "clusters"),
     ],
     "linear_probe.py": [
         ("what is held out is trained on too",

@@ -1,0 +1,127 @@
+"""Several nodes, restarts and requeues: the nodes are folders that share nothing, or launches of torchrun here."""
+
+import os
+import shutil
+import time
+
+import pytest
+
+import common.ranks
+import pretrain
+from children import Launch, run_script, start
+from runs import SMALL, files_in, log_of, refusal, same_bits, state_of, train
+
+pytestmark = pytest.mark.seeds_torch
+TWO = [*SMALL, "--epochs", "2"]
+
+
+def train_in_a_folder_of_its_own(folder, *arguments):
+    """In a rank: as on a machine that shares no disk with the others."""
+    os.chdir(os.path.join(folder, os.environ["RANK"]))
+    run_script("pretrain", *arguments)
+
+
+def on_two_nodes(folder, *arguments):
+    """Two ranks that share no disk, the first in folder/0 and the second in folder/1."""
+    for rank in "01":
+        (folder / rank).mkdir(exist_ok=True)
+    return Launch(train_in_a_folder_of_its_own, (str(folder), *map(str, arguments)), ranks=2).wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two epochs on two ranks, and beside it the same folder after its first epoch."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert start("pretrain", *TWO, "--run-dir", folder / "run", ranks=2).wait().status == 0
+    stopped = [*SMALL, "--epochs", "1", "--warmup", "0.2", "--schedule", "constant"]
+    assert start("pretrain", *stopped, "--run-dir", folder / "half", ranks=2).wait().status == 0
+    return folder
+
+
+# ---------------------------------------------------------------- rank 0 reads, and the others need no folder
+
+
+@pytest.mark.parametrize("other", ["no folder", "an older checkpoint", "a damaged checkpoint"])
+def test_a_run_goes_on_from_rank_0s_checkpoint_whatever_the_other_node_holds(other, whole, tmp_path):
+    run = tmp_path / "0" / "run"
+    shutil.copytree(whole / "half", run)
+    if other != "no folder":
+        shutil.copytree(whole / "half", tmp_path / "1" / "run")
+        newest = tmp_path / "1" / "run" / "ckpt.pt"
+        older = (tmp_path / "1" / "run" / "ckpt-previous.pt").read_bytes()  # of step 0
+        newest.write_bytes(older if other == "an older checkpoint" else older[:999])
+    before = files_in(tmp_path / "1") if other != "no folder" else {}
+    assert on_two_nodes(tmp_path, "--resume", "run", "--epochs", "2").status == 0
+    shutil.copytree(whole / "half", tmp_path / "unbroken")
+    assert start("pretrain", "--resume", tmp_path / "unbroken", "--epochs", "2", ranks=2).wait().status == 0
+    assert same_bits(state_of(run), state_of(tmp_path / "unbroken")) and log_of(run) == log_of(tmp_path / "unbroken")
+    assert files_in(tmp_path / "1") == before
+
+
+def test_what_rank_0_alone_refuses_before_the_first_step_ends_every_rank(tmp_path):
+    (tmp_path / "0" / "run").mkdir(parents=True)
+    (tmp_path / "0" / "run" / "log.jsonl").write_text("a log")
+    ended = on_two_nodes(tmp_path, *SMALL, "--run-dir", "run")
+    assert [process.exitcode for process in ended.processes] == [2, 2]
+    assert ended.err.count("already holds a run") == 1
+
+
+# ---------------------------------------------------------------- one command starts, goes on, and is done
+
+
+def test_one_command_starts_a_run_goes_on_with_it_and_is_done(tmp_path, capsys):
+    command = [*SMALL, "--resume", "auto", "--run-dir", tmp_path / "run"]
+    train(*SMALL, "--run-dir", tmp_path / "whole")
+    stopped = start("pretrain", *command, "--log-every", "1")
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert stopped.running() and not time.sleep(0.005)
+    stopped.kill()
+    train(*command)
+    assert same_bits(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
+    files = files_in(tmp_path / "run")
+    capsys.readouterr()
+    train(*command)
+    assert "is finished: python linear_probe.py" in capsys.readouterr().out and files_in(tmp_path / "run") == files
+
+
+def test_auto_extends_a_run_and_takes_no_run_of_other_options(trained, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    auto = ["--resume", "auto", "--run-dir", run]
+    for more, name in (["--lr", "0.3"], "--lr"), (["--loss", "simclr"], "--loss"), (["--seed", "1"], "--seed"):
+        assert name in refusal(pretrain, [*SMALL, *auto, *more], monkeypatch, capsys)
+    assert "--limit" in refusal(pretrain, [*SMALL[:4], *SMALL[6:], *auto], monkeypatch, capsys)  # which is left out
+    train(*SMALL, *auto, "--epochs", "5")  # though the warm-up of a new run of 5 epochs would be longer
+    assert log_of(run)[-1]["epoch"] == 5
+    train(*SMALL, *auto)  # of 4 epochs
+    assert log_of(run)[-1]["epoch"] == 5
+
+
+# ---------------------------------------------------------------- the ranks meet, or say why not
+
+
+def meet_within(seconds, patience, *arguments):
+    common.ranks.MEETING_TIME, common.ranks.PATIENCE = seconds, patience
+    run_script("pretrain", *arguments)
+
+
+def test_a_rank_that_never_comes_is_said_and_ends_the_others_in_time(tmp_path):
+    came = Launch(meet_within, (4, 1, *SMALL, "--run-dir", str(tmp_path / "run")), ranks=3, absent=1)
+    came.wait(timeout=40)
+    assert [process.exitcode for process in came.processes] == [2, 2]
+    assert "waiting for 1 of 3 ranks" in came.err and "the ranks have not met within 4 s" in came.err
+    assert "Traceback" not in came.err and not (tmp_path / "run").exists()
+
+
+def on_a_device_of_its_own(*arguments):
+    """In a rank: the device of rank 1 is not there."""
+    if os.environ["RANK"] == "1":
+        pretrain.choose_device = lambda name: common.ranks.choose_device("toaster")
+    run_script("pretrain", *arguments)
+
+
+def test_a_device_that_one_rank_lacks_ends_every_rank_in_one_line(tmp_path):
+    ended = Launch(on_a_device_of_its_own, (*SMALL, "--run-dir", str(tmp_path / "run")), ranks=2).wait(timeout=60)
+    assert [process.exitcode for process in ended.processes] == [2, 2]
+    assert ended.err.count("\n") == 1 and "--device toaster cannot be used here" in ended.err
