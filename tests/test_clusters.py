@@ -1,15 +1,20 @@
 """Several nodes, restarts and requeues: the nodes are folders that share nothing, or launches of torchrun here."""
 
+import hashlib
 import os
 import shutil
+import socket
 import time
 
 import pytest
+import torch
 
+import common.cli
+import common.data
 import common.ranks
 import pretrain
 from children import Launch, run_script, start
-from runs import SMALL, files_in, log_of, refusal, same_bits, state_of, train
+from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal, same_bits, state_of, train
 
 pytestmark = pytest.mark.seeds_torch
 TWO = [*SMALL, "--epochs", "2"]
@@ -64,6 +69,56 @@ def test_what_rank_0_alone_refuses_before_the_first_step_ends_every_rank(tmp_pat
     ended = on_two_nodes(tmp_path, *SMALL, "--run-dir", "run")
     assert [process.exitcode for process in ended.processes] == [2, 2]
     assert ended.err.count("already holds a run") == 1
+
+
+# ---------------------------------------------------------------- the same data on every node
+
+
+def one_missing(root):
+    (root / "train" / "b" / "3.png").unlink()
+    return "it lacks b/3.png of the class b"
+
+
+def another_name(root):
+    (root / "train" / "b" / "3.png").rename(root / "train" / "b" / "4.png")
+    return "it lacks b/3.png of the class b"
+
+
+def one_more(root):
+    shutil.copy(root / "train" / "b" / "3.png", root / "train" / "b" / "4.png")
+    return "it has b/4.png of the class b as well"
+
+
+def another_class(root):
+    (root / "train" / "b").rename(root / "train" / "c")
+    return "it lacks b/0.png of the class b"
+
+
+@pytest.mark.parametrize("options", [[], ["--stream", "--workers", "0"]], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("change", [one_missing, another_name, one_more, another_class])
+def test_other_data_on_another_node_is_refused_with_the_first_difference(change, options, tmp_path):
+    for rank in "01":
+        folder_of(tmp_path / rank / "data", ["train"], ["a", "b"])
+    words = change(tmp_path / "1" / "data")
+    ended = on_two_nodes(tmp_path, *FOLDER, *options, "--data", "data", "--run-dir", "run")
+    assert [process.exitcode for process in ended.processes] == [2, 2] and ended.err.count("\n") == 1
+    assert words in ended.err and socket.gethostname() in ended.err and not (tmp_path / "0" / "run").exists()
+
+
+def test_labels_of_another_order_are_other_data():
+    class Ranks(common.ranks.Ranks):
+        def from_first(self, found):
+            return rank_0[type(found)]
+
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (20,), generator=g)
+    data = common.data.Data(None, labels, ["a", "b", "c"])
+    names = [f"image {row} of the class {'abc'[label]}" for row, label in enumerate(labels.tolist())]
+    rank_0 = {list: sorted([*names, *(f"the class {name}" for name in "abc")])}
+    rank_0[bytes] = hashlib.sha256("\0".join(rank_0[list]).encode()).digest()
+    common.data.require_same_on_every_rank(data, "here", Ranks())
+    with pytest.raises(common.cli.Refused, match="it lacks image"):
+        common.data.require_same_on_every_rank(data._replace(labels=labels.roll(1)), "here", Ranks())
 
 
 # ---------------------------------------------------------------- one command starts, goes on, and is done

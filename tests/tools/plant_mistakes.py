@@ -267,6 +267,9 @@ MISTAKES = {
          "is_small = images.shape[-1] < PIXELS_OF_SMALL", "corruptions"),
     ],
     "common/data.py": [
+        ("other data on another node are trained on", "    if not unlike:\n", "    if True:\n", "clusters"),
+        ("the labels of another node may be others",
+         'f"{name} of the class {data.classes[label]}"', 'f"{name}"', "clusters"),
         ("keys of one sum share a stream",
          "SeedSequence([len(key), *halves])", "SeedSequence([len(key), sum(halves)])", "moves"),
         ("short keys are filled up with zeros", "SeedSequence([len(key), *halves])", "SeedSequence(halves)", "moves"),
