@@ -26,7 +26,7 @@ from click.core import ParameterSource
 from torch import nn
 
 import losses
-from common.cli import Refused, run_command, say
+from common.cli import Refused, is_first, run_command, say
 from common.config import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, refuse_two_rates
 from common.data import DATASETS, STREAMS, Data, Missing, all_but, generator, load_data, stratified, take
 from common.data import with_classes_of
@@ -398,6 +398,8 @@ def complete_fit(recipe, options, given):
 def main(context, checkpoint, recipe, dataset, data, download, limit, subset, validate, workers, augment, l2_normalize,
          with_baselines, figure, device, **options):
     """Fit a linear classifier to the frozen features of CHECKPOINT, a ckpt.pt or its folder, and test it."""
+    if not is_first():
+        return  # of the ranks of a torchrun one works
     given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
     fit, cells = complete_fit(recipe, options, given)
     if figure:
@@ -414,7 +416,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     classifier = Classifier(job.frozen, found.classifier, job.train.classes, found.temperature, job.dataset)
     write_classifier(folder / f"classifier{job.kind}.pt", classifier)
     shared = {"lr": found.cell[0], "augment": augment, "l2_normalize": l2_normalize, "subset": subset, "limit": limit}
-    result = {"checkpoint": str(job.checkpoint), "dataset": job.dataset, "data": job.place}
+    result = {"checkpoint": str(job.checkpoint), "step": job.frozen.step, "dataset": job.dataset, "data": job.place}
     result |= {"tested_on": job.tested_on, "recipe": recipe}
     result |= measure(job, found, features, fit.seed) | seconds
     result |= {"fit": vars(fit) | shared, "torch": torch.__version__}

@@ -4,7 +4,7 @@
     log.jsonl         an object for each logged step and each epoch
     ckpt.pt           the newest checkpoint; ckpt-previous.pt is the one before it,
                       ckpt-damaged.pt one that could not be read
-    lock              held by the process that writes here, while it runs
+    lock              held by the process that writes here, while it runs; names its host, number and start
 """
 
 import dataclasses
@@ -13,7 +13,10 @@ import json
 import math
 import os
 import platform
+import socket
 import subprocess
+import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -23,7 +26,7 @@ from common.cli import Refused, say
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps a second process out
+except ImportError:  # Windows
     fcntl = None
 
 
@@ -119,7 +122,7 @@ class RunFolder:
     """
 
     def __init__(self, path, about, first=None, step=0):
-        self.path, self._log = path, None
+        self.path, self._log, self._named = path, None, False
         refuse_unusable(path, resuming=first is None)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -128,6 +131,8 @@ class RunFolder:
             raise self._unwritable(e) from e
         self._claim()
         try:
+            for left in [*path.glob("ckpt*.tmp"), *path.glob("config*.tmp")]:  # of a process that was killed
+                left.unlink(missing_ok=True)
             if first is None:
                 self._put_damaged_aside(step)
                 cut_log(path / "log.jsonl", step)
@@ -143,14 +148,44 @@ class RunFolder:
         return Refused(f"--run-dir {self.path} cannot be written ({e.strerror}): free space, or name another --run-dir")
 
     def _claim(self):
+        """Keeps other processes out: by a lock, or, where the file system has none, by the name in the lock's file."""
+        me = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self._named = not self._has_lock()
+        if self._named:
+            holder = holder_of(self.path / "lock")
+            if holder and holder != me:
+                raise self._in_use()
+            say(f"warning: the file system of {self.path} has no locks: until the run has ended, start no other there",
+                err=True)
+        self._name_holder(json.dumps(me) + "\n")
+        if self._named:
+            time.sleep(0.2)  # another process may have written its name at the same moment
+            if holder_of(self.path / "lock") != me:
+                raise self._in_use()
+
+    def _name_holder(self, words):
+        """Writes into the file that is open already: to open it once more and close that would give up the lock."""
+        self.lock.truncate(0)
+        self.lock.write(words)
+        self.lock.flush()
+
+    def _has_lock(self):
+        """Whether this process holds a lock. It goes with the process, however that ends; workers do not inherit it."""
         try:
-            if fcntl:  # this lock goes with the process, however that ends, and is not inherited by workers
+            if fcntl:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as e:
-            raise Refused(f"--run-dir {self.path} is in use by another process: "
-                          "wait for its end, or name another --run-dir") from e
+            raise self._in_use() from e
         except OSError:  # a file system without locks
-            pass
+            return False
+        return bool(fcntl)
+
+    def _in_use(self):
+        holder = read_holder(self.path / "lock")
+        by = "{process} on {host} since {since}".format(**holder) if holder else "of an earlier version"
+        until = f", or until {LEASE // 60} minutes after it was killed," if self._named else ""
+        return Refused(f"--run-dir {self.path} is in use by another process, {by}: "
+                       f"wait for its end{until} or name another --run-dir")
 
     def _put_damaged_aside(self, step):
         newest = self.path / "ckpt.pt"
@@ -167,6 +202,8 @@ class RunFolder:
     def log(self, entry):
         line = json.dumps(entry).encode() + b"\n"
         try:
+            if self._named:
+                os.utime(self.path / "lock")  # the process is alive
             if self._log.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
@@ -183,13 +220,45 @@ class RunFolder:
         except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
             reason = getattr(e, "strerror", None) or "is the disk full?"
             remedy = "free space, or name another --run-dir"
-            if newest.exists():
+            if not self.path.exists():
+                remedy = "if the folder was moved, go on with --resume and its new name"
+            elif newest.exists():
                 remedy = f"the last good one stays: free space, then go on with --resume {self.path}"
             raise Refused(f"{newest} could not be written ({reason}); {remedy}") from e
 
     def close(self):
         self._log.close()
+        if self._named:
+            self._name_holder("")
         self.lock.close()
+
+
+LEASE = 900  # seconds without a log entry after which a process that holds a folder by name counts as dead
+
+
+def read_holder(path):
+    """Who wrote the lock's file: a dict of host, process and since; or None."""
+    try:
+        holder = json.loads(path.read_text())
+        return holder if holder.keys() == {"host", "process", "since"} else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def holder_of(path):
+    """As read_holder, but None where that process has ended, or, on another host, where it is silent for LEASE."""
+    holder = read_holder(path)
+    if holder and holder["host"] == socket.gethostname():
+        return holder if runs(holder["process"]) else None
+    return holder if holder and time.time() - path.stat().st_mtime < LEASE else None
+
+
+def runs(process):
+    try:
+        os.kill(process, 0)
+    except (OSError, OverflowError, TypeError):
+        return False
+    return True
 
 
 def suffix(*kinds):
@@ -217,8 +286,11 @@ def is_of_other_data(path, place):
 
 
 def write_aside(path, write, keep_as=None):
-    """Calls write(file) on a file beside `path`, which then takes its place. What stood there becomes `keep_as`."""
-    aside = path.with_suffix(".tmp")
+    """Calls write(file) on a file beside `path`, which then takes its place. What stood there becomes `keep_as`.
+
+    The file beside it has a name of its own, so that several may write at a time, and the last one counts.
+    """
+    aside = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
     try:
         with open(aside, "wb") as f:
             write(f)

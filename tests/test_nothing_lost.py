@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -216,7 +217,8 @@ def test_a_folder_in_use_is_refused_to_a_second_process(tmp_path, monkeypatch, c
     folder = tmp_path / "run"
     other = start("pretrain", *LONG, "--epochs", "300", "--warmup", "0", "--run-dir", folder)
     wait_for_step(folder, 2, other.running)
-    assert "in use by another process" in refusal(pretrain, ["--resume", folder], monkeypatch, capsys)
+    words = f"in use by another process, {other.pids[0]} on {socket.gethostname()} since"
+    assert words in refusal(pretrain, ["--resume", folder], monkeypatch, capsys)
     other.kill()
     train("--resume", folder, "--epochs", log_of(folder)[-1]["epoch"] + 1)
 
@@ -243,7 +245,7 @@ def test_a_full_disk_loses_nothing(long, tmp_path):
         errors = [line for line in full.err.splitlines() if line.startswith("error: ")]
         assert full.status == 2 and len(errors) == 1 and "Traceback" not in full.err
         assert "the last good one stays: free space" in errors[0]
-        assert common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"] == 4 and not (folder / "ckpt.tmp").exists()
+        assert common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"] == 4 and not any(folder.glob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         train("--resume", folder)
         assert log_of(folder) == log_of(long) and same_bits(state_of(folder), state_of(long))
@@ -360,10 +362,21 @@ def test_resume_may_extend_a_run_but_not_change_its_recipe(tmp_path, monkeypatch
 def test_a_folder_killed_before_its_log_began_starts_anew(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    for name in ("lock", "config.json", "ckpt.tmp"):
+    for name in ("lock", "config.json", "ckpt.tmp", "ckpt-ab12.tmp", "config-ab12.tmp"):
         (run / name).write_text("")
     train(*SMALL, "--epochs", "1", "--run-dir", run)
-    assert log_of(run)[-1]["epoch"] == 1
+    assert log_of(run)[-1]["epoch"] == 1 and not any(run.glob("*.tmp"))
+
+
+def test_a_folder_that_is_moved_while_it_is_written_is_not_taken_for_a_full_disk(tmp_path):
+    folder = tmp_path / "run"
+    moved = start("pretrain", *LONG, "--save-minutes", "0", "--run-dir", folder)
+    wait_for_step(folder, 5, moved.running)
+    folder.rename(tmp_path / "elsewhere")
+    moved.wait()
+    assert moved.status == 2 and moved.err.splitlines()[-1].startswith("error: ") and "Traceback" not in moved.err
+    assert "go on with --resume and its new name" in moved.err and "free space" not in moved.err
+    train("--resume", tmp_path / "elsewhere", "--epochs", log_of(tmp_path / "elsewhere")[-1]["epoch"] + 1)
 
 
 def test_a_signal_that_ends_the_compiler_too_ends_the_run_in_one_line(tmp_path, monkeypatch):
