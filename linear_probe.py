@@ -10,7 +10,10 @@ images for each of some weight decays. The one that is best on the other tenth i
 meets the test images once. The papers' probes are trained by SGD instead, as --recipe, --augment or any option of SGD
 asks: the grid is then one of learning rates and weight decays, fitted together as one linear layer. Beside the
 checkpoint this leaves probe.json and classifier.pt; another data set, a subset, a limit or a recipe is part of their
-names. load_classifier, in common/frozen.py, makes one module of a classifier.pt.
+names, and so is the epoch of an epoch-0003.pt. load_classifier, in common/frozen.py, makes one module of a
+classifier.pt. The encoder alone, with torchvision's names, is one entry of either file:
+
+    torch.save(torch.load("runs/NAME/ckpt.pt", weights_only=True)["encoder"], "encoder.pt")
 """
 
 import os
@@ -220,6 +223,7 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
     if validate and (elsewhere or limit or dataset != own_dataset):
         raise Refused("--validate takes the run's own images: leave --dataset, --data and --limit out")
     kind = suffix(
+        checkpoint.stem.startswith("epoch-") and checkpoint.stem,
         dataset != own_dataset and dataset,
         elsewhere and Path(data).resolve().name,
         subset < 1 and f"{subset:g}",

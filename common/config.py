@@ -164,6 +164,7 @@ class Config:
     sync_bn: bool = option(False, bool, "Batch norm over all ranks (on GPUs).")
     compile: bool = option(False, bool, "torch.compile the encoder.")
     save_minutes: float = option(10.0, NOT_NEGATIVE, "Save a checkpoint at least this often, and after every epoch.")
+    keep_every: int = option(None, COUNT, "Keep the weights of every so many epochs too, as epoch-0003.pt.", "none")
     log_every: int = option(10, COUNT, "Steps between two entries of the log.")
 
     # Known once the run is there
@@ -282,7 +283,7 @@ def refuse_two_rates(given):
     require(not {"lr", "lr_per_256"} <= given, "--lr and --lr-per-256 both set the learning rate: leave one out")
 
 
-MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "save_minutes", "micro_batch", "compile",
+MAY_CHANGE = {"epochs", "keep_every", "data", "download", "device", "log_every", "save_minutes", "micro_batch", "compile",
         "workers"}  # on --resume
 MOVING = {"size", "stem", "warmup"}  # whose defaults depend on the data, or on --epochs, which may change
 

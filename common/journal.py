@@ -134,6 +134,9 @@ class Journal:
                 "Lower --lr, lengthen --warmup or raise --tau", err=True)
         self.losses = Losses(())
         self.save(run)
+        if self.config.keep_every and self.entry["epoch"] % self.config.keep_every == 0:
+            weights = {k: v for k, v in run.checkpoint([], self.seconds).items() if k != "queue"} | {"optimizer": {}}
+            self.folder.keep(f"epoch-{self.entry['epoch']:04d}.pt", weights)
         self.start_epoch()
 
     def save_now_and_then(self, run, asked):

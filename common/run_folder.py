@@ -4,6 +4,7 @@
     log.jsonl         an object for each logged step and each epoch
     ckpt.pt           the newest checkpoint; ckpt-previous.pt is the one before it,
                       ckpt-damaged.pt one that could not be read
+    epoch-0003.pt     weights alone, of an epoch that --keep-every keeps
     lock              held by the process that writes here, while it runs; names its host, number and start
 """
 
@@ -31,6 +32,7 @@ except ImportError:  # Windows
 
 
 CHECKPOINTS = "ckpt.pt", "ckpt-previous.pt"
+WRITTEN = "ckpt", "epoch", "config"  # how the names begin that a run writes aside
 FORMAT = "supcon-pretrain-1"
 ENTRIES = {"config": dict, "step": int, "seconds": float, "encoder": dict, "optimizer": dict,
            "mean": torch.Tensor, "std": torch.Tensor, "classes": list}
@@ -131,7 +133,7 @@ class RunFolder:
             raise self._unwritable(e) from e
         self._claim()
         try:
-            for left in [*path.glob("ckpt*.tmp"), *path.glob("config*.tmp")]:  # of a process that was killed
+            for left in (file for stem in WRITTEN for file in path.glob(f"{stem}*.tmp")):  # by a process that was killed
                 left.unlink(missing_ok=True)
             if first is None:
                 self._put_damaged_aside(step)
@@ -213,18 +215,25 @@ class RunFolder:
     def save(self, contents):
         """Writes a checkpoint aside, flushes it to the disk and renames it: the folder always holds a whole one."""
         newest, previous = (self.path / name for name in CHECKPOINTS)
+        self._write(newest, contents, previous)
+
+    def keep(self, name, contents):
+        """Writes a checkpoint that no later one replaces."""
+        self._write(self.path / name, contents)
+
+    def _write(self, path, contents, keep_as=None):
         try:
             if self._log:
                 os.fsync(self._log.fileno())  # no checkpoint is newer than its log
-            write_aside(newest, lambda f: torch.save(contents, f), keep_as=previous)
+            write_aside(path, lambda f: torch.save(contents, f), keep_as=keep_as)
         except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
             reason = getattr(e, "strerror", None) or "is the disk full?"
             remedy = "free space, or name another --run-dir"
             if not self.path.exists():
                 remedy = "if the folder was moved, go on with --resume and its new name"
-            elif newest.exists():
+            elif (self.path / CHECKPOINTS[0]).exists():
                 remedy = f"the last good one stays: free space, then go on with --resume {self.path}"
-            raise Refused(f"{newest} could not be written ({reason}); {remedy}") from e
+            raise Refused(f"{path} could not be written ({reason}); {remedy}") from e
 
     def close(self):
         self._log.close()

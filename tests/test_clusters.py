@@ -1,6 +1,9 @@
 """Several nodes, restarts and requeues: the nodes are folders that share nothing, or launches of torchrun here."""
 
+import csv
 import hashlib
+import io
+import json
 import os
 import shutil
 import socket
@@ -8,13 +11,16 @@ import time
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import common.cli
 import common.data
 import common.ranks
 import pretrain
+import results_table
 from children import Launch, run_script, start
-from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal, same_bits, state_of, train
+from common.run_folder import load_checkpoint
+from runs import FOLDER, SMALL, files_in, folder_of, log_of, probe, refusal, same_bits, state_of, train
 
 pytestmark = pytest.mark.seeds_torch
 TWO = [*SMALL, "--epochs", "2"]
@@ -180,3 +186,60 @@ def test_a_device_that_one_rank_lacks_ends_every_rank_in_one_line(tmp_path):
     ended = Launch(on_a_device_of_its_own, (*SMALL, "--run-dir", str(tmp_path / "run")), ranks=2).wait(timeout=60)
     assert [process.exitcode for process in ended.processes] == [2, 2]
     assert ended.err.count("\n") == 1 and "--device toaster cannot be used here" in ended.err
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def test_every_run_of_a_sweep_is_shown_with_what_differs(trained, tmp_path):
+    for name in ("probed", "running", "begun"):
+        shutil.copytree(trained, tmp_path / name)
+    train(*SMALL, "--lr", "0.3", "--epochs", "1", "--run-dir", tmp_path / "other rate")
+    (tmp_path / "begun" / "log.jsonl").unlink()
+    log = tmp_path / "running" / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 17, "mean_lo')
+    (tmp_path / "probed" / "probe.json").write_text('{"top1": 55.5}')
+    (tmp_path / "no run").mkdir()
+    words = [str(folder) for folder in sorted(tmp_path.iterdir())]
+    shown = CliRunner().invoke(results_table.main, [*words, "--csv"], catch_exceptions=False).output
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(shown))}
+    assert set(rows) == {"probed", "running", "begun", "other rate"}
+    whole = {"run", "epochs", "lr", "warmup", "warmup_from", "epoch", "last loss", "k-NN %", "probe top-1 %"}
+    assert {"run", "epochs", "lr"} < set(rows["begun"]) <= whole
+    assert rows["other rate"]["lr"] == "0.3" and rows["probed"]["probe top-1 %"] == "55.5"
+    loss = log_of(tmp_path / "other rate")[-1]["mean_loss"]
+    assert float(rows["other rate"]["last loss"]) == pytest.approx(loss, rel=1e-4)
+    assert rows["begun"]["epoch"] == "0 of 4" and rows["running"]["epoch"] == "4 of 4"
+    table = CliRunner().invoke(results_table.main, words, catch_exceptions=False).output.splitlines()
+    assert len(table) == 6 and table[0].startswith("| run | epochs | lr")
+
+
+def test_runs_without_a_test_set_are_shown(tmp_path):
+    folder_of(tmp_path / "data", ["train"], ["a", "b"])
+    train(*FOLDER, "--data", tmp_path / "data", "--run-dir", tmp_path / "run")
+    shown = CliRunner().invoke(results_table.main, [str(tmp_path / "run")], catch_exceptions=False)
+    assert shown.exit_code == 0 and "| run | 1 of 1 |" in shown.output
+
+
+def test_weights_are_kept_over_the_epochs_and_probed_beside_one_another(tmp_path):
+    run = tmp_path / "run"
+    train(*SMALL, "--keep-every", "2", "--queue", "60", "--run-dir", run)
+    kept = {path.name: load_checkpoint(path) for path in run.glob("epoch-*.pt")}
+    assert {name: contents["step"] for name, contents in kept.items()} == {"epoch-0002.pt": 8, "epoch-0004.pt": 16}
+    last = load_checkpoint(run / "ckpt.pt")
+    assert same_bits(kept["epoch-0004.pt"]["encoder"], last["encoder"])
+    assert not kept["epoch-0004.pt"]["optimizer"] and "queue" not in kept["epoch-0004.pt"]
+    assert (run / "epoch-0004.pt").stat().st_size < 0.6 * (run / "ckpt.pt").stat().st_size
+    result = probe(run / "epoch-0002.pt", "--limit", "100")
+    assert result["step"] == 8 and (run / "probe-epoch-0002-first100.json").exists()
+    contents = torch.load(run / "classifier-epoch-0002-first100.pt", weights_only=True)
+    assert contents["step"] == 8 and same_bits(dict(contents["encoder"]), dict(kept["epoch-0002.pt"]["encoder"]))
+
+
+def test_of_the_ranks_of_a_probe_one_works(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    ended = start("linear_probe", tmp_path / "run", "--limit", "100", ranks=2).wait()
+    assert ended.status == 0 and ended.out.count("top-1") == 1
+    assert json.loads((tmp_path / "run" / "probe-first100.json").read_text())["step"] == 16
+    tested = start("robustness", tmp_path / "run" / "classifier-first100.pt", "--limit", "5", ranks=2).wait()
+    assert tested.status == 0 and tested.out.count("severity") == 1

@@ -476,7 +476,7 @@ MISTAKES = {
         ("the log loses the checkpoint's own step", "if step_of(line) > step:", "if step_of(line) >= step:", "log"),
         ("half a line stays in the log",
          'if line.endswith(b"\\n") else math.inf', 'if line.endswith(b"}\\n") else 0', "keeping"),
-        ("no checkpoint before this one is kept", ", keep_as=previous)", ")", "log"),
+        ("no checkpoint before this one is kept", ", contents, previous)", ", contents)", "log"),
         ("a checkpoint is written in place", 'aside = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")', "aside = path", "keeping"),
         ("two writers share a file aside", "{uuid.uuid4().hex}", "", "keeping"),
         ("a second writer is let in where there are no locks",
