@@ -4,6 +4,7 @@
     python pretrain.py --dataset cifar10 --batch 1024                           # the reference code's CIFAR-10 recipe
     torchrun --nproc_per_node=8 pretrain.py --dataset cifar10 --batch 1024      # the same batch on eight GPUs
     python pretrain.py --resume runs/cifar10-resnet50-supcon-s0                 # go on where a run stopped
+    python pretrain.py --dataset cifar10 --batch 1024 --resume auto             # start it, or go on (docs/clusters.md)
     python linear_probe.py runs/cifar10-resnet50-supcon-s0                      # stage 2
     python pretrain.py --recipe list                                            # the papers' settings, each one word
 

@@ -5,9 +5,12 @@ import hashlib
 import io
 import json
 import os
+import random
 import shutil
+import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ import pretrain
 import results_table
 from children import Launch, run_script, start
 from common.run_folder import load_checkpoint
-from runs import FOLDER, SMALL, files_in, folder_of, log_of, probe, refusal, same_bits, state_of, train
+from runs import FOLDER, SMALL, files_in, folder_of, log_of, probe, refusal, same_bits, state_of, torchrun, train
 
 pytestmark = pytest.mark.seeds_torch
 TWO = [*SMALL, "--epochs", "2"]
@@ -157,6 +160,49 @@ def test_auto_extends_a_run_and_takes_no_run_of_other_options(trained, tmp_path,
     assert log_of(run)[-1]["epoch"] == 5
     train(*SMALL, *auto)  # of 4 epochs
     assert log_of(run)[-1]["epoch"] == 5
+
+
+def ranks_of(launcher):
+    """The process ids of the ranks that a torchrun has running."""
+    try:
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    except OSError:  # one has ended meanwhile
+        return []
+
+
+def wait_until(happened):
+    end = time.monotonic() + 90
+    while not happened():
+        assert time.monotonic() < end and not time.sleep(0.01)
+
+
+def kill_a_rank_again_and_again(folder, kills, seed, epochs):
+    """torchrun starts the ranks again each time. The run must end with the bits and the log of an unbroken one."""
+    chance = random.Random(seed)
+    command = [*SMALL, "--epochs", epochs, "--save-minutes", "0", "--run-dir"]
+    assert start("pretrain", *command, folder / "whole", ranks=2).wait().status == 0
+    launcher = torchrun(f"--max-restarts={kills}", "pretrain.py", *command, folder / "run", "--resume", "auto")
+    for _ in range(kills):
+        wait_until(lambda: len(ranks_of(launcher)) == 2)
+        time.sleep(chance.uniform(0, 8))  # importing, meeting, loading, training, saving
+        before = ranks_of(launcher)
+        os.kill(chance.choice(before), signal.SIGKILL)
+        wait_until(lambda: not set(before) & set(ranks_of(launcher)))
+    _, err = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, err
+    assert same_bits(state_of(folder / "run"), state_of(folder / "whole"))
+    assert log_of(folder / "run") == log_of(folder / "whole")
+
+
+def test_a_rank_that_is_killed_is_started_again_and_the_run_goes_on(tmp_path):
+    kill_a_rank_again_and_again(tmp_path, kills=1, seed=0, epochs=50)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_ranks_that_are_killed_three_times_end_with_the_bits_of_an_unbroken_run(seed, tmp_path):
+    kill_a_rank_again_and_again(tmp_path, kills=3, seed=seed, epochs=80)
 
 
 # ---------------------------------------------------------------- the ranks meet, or say why not

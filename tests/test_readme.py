@@ -82,7 +82,7 @@ def test_readme_shows_the_commands_that_matter():
     for command in (
         "pretrain.py --dataset cifar10 --batch 1024",
         "linear_probe.py runs/cifar10-resnet50-supcon-s0",
-        "pretrain.py --dataset shapes --augment crop --lr 0.1",
+        "pretrain.py --dataset shapes --augment crop --lr 0.1 --resume auto",
         "common/figures.py runs/*",
     ):
         assert command in shown
