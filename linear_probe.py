@@ -10,7 +10,10 @@ images for each of some weight decays. The one that is best on the other tenth i
 meets the test images once. The papers' probes are trained by SGD instead, as --recipe, --augment or any option of SGD
 asks: the grid is then one of learning rates and weight decays, fitted together as one linear layer. Beside the
 checkpoint this leaves probe.json and classifier.pt; another data set, a subset, a limit or a recipe is part of their
-names. load_classifier, in common/frozen.py, makes one module of a classifier.pt.
+names, and so is the epoch of an epoch-0003.pt. load_classifier, in common/frozen.py, makes one module of a
+classifier.pt. The encoder alone, with torchvision's names, is one entry of either file:
+
+    torch.save(torch.load("runs/NAME/ckpt.pt", weights_only=True)["encoder"], "encoder.pt")
 """
 
 import os
@@ -26,7 +29,7 @@ from click.core import ParameterSource
 from torch import nn
 
 import losses
-from common.cli import Refused, run_command, say
+from common.cli import Refused, is_first, run_command, say
 from common.config import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, refuse_two_rates, require
 from common.data import DATASETS, STREAMS, Data, Missing, all_but, generator, load_data, stratified, take
 from common.data import with_classes_of
@@ -220,6 +223,7 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
     if validate and (elsewhere or limit or dataset != own_dataset):
         raise Refused("--validate takes the run's own images: leave --dataset, --data and --limit out")
     kind = suffix(
+        checkpoint.stem.startswith("epoch-") and checkpoint.stem,
         dataset != own_dataset and dataset,
         elsewhere and Path(data).resolve().name,
         subset < 1 and f"{subset:g}",
@@ -405,6 +409,8 @@ def complete_fit(recipe, options, given):
 def main(context, checkpoint, recipe, dataset, data, download, limit, subset, validate, workers, augment, l2_normalize,
          with_baselines, figure, device, **options):
     """Fit a linear classifier to the frozen features of CHECKPOINT, a ckpt.pt or its folder, and test it."""
+    if not is_first():
+        return  # of the ranks of a torchrun one works
     given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
     fit, cells = complete_fit(recipe, options, given)
     if figure:
@@ -421,7 +427,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     classifier = Classifier(job.frozen, found.classifier, job.train.classes, found.temperature, job.dataset)
     write_classifier(folder / f"classifier{job.kind}.pt", classifier)
     shared = {"lr": found.cell[0], "augment": augment, "l2_normalize": l2_normalize, "subset": subset, "limit": limit}
-    result = {"checkpoint": str(job.checkpoint), "dataset": job.dataset, "data": job.place}
+    result = {"checkpoint": str(job.checkpoint), "step": job.frozen.step, "dataset": job.dataset, "data": job.place}
     result |= {"tested_on": job.tested_on, "recipe": recipe}
     result |= measure(job, found, features, fit.seed) | seconds
     result |= {"fit": vars(fit) | shared, "torch": torch.__version__}

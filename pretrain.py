@@ -4,18 +4,22 @@
     python pretrain.py --dataset cifar10 --batch 1024                           # the reference code's CIFAR-10 recipe
     torchrun --nproc_per_node=8 pretrain.py --dataset cifar10 --batch 1024      # the same batch on eight GPUs
     python pretrain.py --resume runs/cifar10-resnet50-supcon-s0                 # go on where a run stopped
+    python pretrain.py --dataset cifar10 --batch 1024 --resume auto             # start it, or go on (docs/clusters.md)
     python linear_probe.py runs/cifar10-resnet50-supcon-s0                      # stage 2
     python pretrain.py --recipe list                                            # the papers' settings, each one word
 
 A run folder holds config.json, log.jsonl and checkpoints (common/run_folder.py). `--batch` is the number of images over
 all ranks. Order and views depend on (seed, epoch, place in the global batch) alone: not on the number of ranks, and not
-on whether the run was interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run.
+on whether the run was interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run,
+with status 143 or 130; SIGUSR1 and SIGUSR2 save one, and the run goes on. About half of a
+checkpoint is the optimizer's; torch.load("RUN/ckpt.pt", weights_only=True)["encoder"] is the encoder alone.
 """
 
 import contextlib
 import dataclasses
 import os
 import shlex
+import signal
 import time
 from pathlib import Path
 
@@ -26,7 +30,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
-from common.cli import Refused, run_command, say
+from common.cli import Refused, Stopped, run_command, say, signals_noted
 from common.config import GroupedCommand, complete, config_options, fit_to_data, read
 from common.data import load_on_every_rank, mean_and_std
 from common.journal import open_journal
@@ -36,21 +40,23 @@ from common.objectives import OBJECTIVES, total_loss
 from common.optim import learning_rate, make_optimizer, set_learning_rate
 from common.presets import PRESETS, describe
 from common.ranks import Ranks, choose_device, gather_views, tf32_allowed
-from common.run_folder import FORMAT, load_state, refuse_unusable, signals_noted
+from common.run_folder import FORMAT, is_finished, load_state, refuse_unusable
 from common.views import make_batches
 
 # ---------------------------------------------------------------- the loop
 
 
-def train(config, resumed=None):
+def train(config, ranks, resumed=None):
     """Trains as the Config says and returns the log entry of the last epoch, on rank 0.
 
-    resumed: the contents of a checkpoint to go on from. Every rank of a torchrun calls this with the same arguments.
+    resumed: the contents of a checkpoint to go on from. Every rank calls this with the same arguments. Rank 0 alone
+    reads and writes the run's folder, so that no other node needs it.
     """
-    with Ranks(config.device) as ranks, tf32_allowed(config.precision != "float32"):
+    with tf32_allowed(config.precision != "float32"):
         with ranks.hold_refusals():
             complete(config, ranks.world)
-            refuse_unusable(Path(config.run), resuming=resumed is not None)
+            if ranks.rank == 0:
+                refuse_unusable(Path(config.run), resuming=resumed is not None)
         ranks.meet()
         data, test = load_on_every_rank(config, ranks)
         with ranks.hold_refusals():
@@ -68,6 +74,8 @@ def train(config, resumed=None):
                 journal.close(run)
         ranks.meet()
         say_how_it_ended(run)
+        if run.step < run.total_steps:
+            raise Stopped(asked.end or signal.SIGTERM)  # the signal may have come to another rank
         return journal and journal.entry
 
 
@@ -78,8 +86,10 @@ def train_steps(run, data, test, ranks, journal, asked):
     while run.step < run.total_steps:
         with ranks.hold_refusals():
             batch = next(batches)
-        if ranks.any(asked or ranks.refusal):
+        end, save = ranks.largest(bool(asked.end or ranks.refusal), asked.save)
+        if end:
             break
+        asked.save = asked.save and not save
         lr = set_learning_rate(run.optimizer, learning_rate(config, run.step, run.steps_per_epoch))
         run.optimizer.zero_grad()
         loss, z = interruptible_step(run, batch, asked)
@@ -92,7 +102,7 @@ def train_steps(run, data, test, ranks, journal, asked):
                 journal.note_step(run, loss, lr)
                 if run.ends_epoch:
                     journal.note_epoch(run, diagnose(run, z, data, test))
-                journal.save_now_and_then(run)
+                journal.save_now_and_then(run, save)
 
 
 def interruptible_step(run, batch, asked):
@@ -100,7 +110,7 @@ def interruptible_step(run, batch, asked):
     try:
         return training_step(run, batch)
     except Exception as e:
-        if not (asked and run.config.compile):
+        if not (asked.end and run.config.compile):
             raise
         raise Refused(f"stopped while step {run.step + 1} was compiled; this goes on: "
                       f"{resume_command(run.config.run)}") from e
@@ -295,7 +305,9 @@ def say_how_it_ended(run):
 
 def resume_command(run):
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
-    start = f"torchrun --nproc_per_node={ranks}" if ranks else "python"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    several = f"--nnodes={nodes} " if nodes > 1 else ""
+    start = f"torchrun {several}--nproc_per_node={ranks}" if ranks else "python"
     return f"{start} {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(run))}"
 
 
@@ -304,15 +316,33 @@ def resume_command(run):
 
 @click.command(cls=GroupedCommand, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @config_options
-@click.option("--resume", metavar="RUN", help="Go on with the run in this folder; --epochs may extend it.")
+@click.option("--resume", metavar="RUN", help="Go on with the run in this folder; --epochs may extend it. "
+              "auto: go on with the run in --run-dir if there is one, else start it.")
 @click.pass_context
 def main(context, resume, **options):
     """Contrastive pretraining: an encoder and a projection head, one loss, one loop."""
     if options["recipe"] == "list":
         return click.echo("\n".join(line for name in PRESETS for line in describe(name)))
-    config, contents = read(context, resume, options)
-    config.device = str(choose_device(config.device))
-    return train(config, contents)
+    with Ranks() as ranks:
+        config, contents = read_on_first(context, resume, options, ranks)
+        if resume == "auto" and contents and is_finished(contents, config.epochs):
+            return say(f"{config.run} is finished: python linear_probe.py {config.run}/ckpt.pt")
+        return train(config, ranks, contents)
+
+
+def read_on_first(context, resume, options, ranks):
+    """(Config, contents of the checkpoint to go on from, or None) as rank 0 reads them, but each with its own device."""
+    found = None
+    with ranks.hold_refusals():
+        if ranks.rank == 0:
+            found = read(context, resume, options)
+    ranks.meet()
+    config, contents = ranks.from_first(found)
+    with ranks.hold_refusals():
+        ranks.use(choose_device(config.device))
+    ranks.meet()
+    config.device = str(ranks.device)
+    return config, contents
 
 
 if __name__ == "__main__":

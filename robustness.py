@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.utils.data
 
-from common.cli import Refused, run_command, say
+from common.cli import Refused, is_first, run_command, say
 from common.config import require
 from common.corruptions import MADE, NAMES, corrupt
 from common.data import Data, generator, load_data, resize_square, with_classes_of
@@ -362,6 +362,8 @@ def report(result):
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
 def main(path, corrupted, baseline, data, download, limit, workers, seed, as_files, figure, device):
     """Test CLASSIFIER (a classifier.pt of linear_probe.py) on corrupted images."""
+    if not is_first():
+        return  # of the ranks of a torchrun one works
     if figure:
         pyplot()  # said now, not after minutes
     job = prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_files, choose_device(device))

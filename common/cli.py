@@ -4,8 +4,10 @@ What a user can put right ends in one line and exit status 2. Of several ranks, 
 that has something to refuse.
 """
 
+import contextlib
 import errno
 import os
+import signal
 import sys
 
 import click
@@ -25,6 +27,48 @@ class Refused(click.ClickException):
 
 class NotFinite(Refused):
     """A training whose loss or weights are no numbers any more. Its last good checkpoint is kept."""
+
+
+class Stopped(SystemExit):
+    """A run that a signal has ended after it has saved. Its status is the shell's: 143 for SIGTERM, 130 for Ctrl-C."""
+
+    def __init__(self, number):
+        super().__init__(128 + number)
+
+
+class Asked:
+    """What signals have asked of a run. end: the number of the first one that ends it, or 0. save: whether to save."""
+
+    def __init__(self):
+        self.end, self.save = 0, False
+
+    def note_end(self, number, frame):
+        self.end = self.end or number
+
+    def note_save(self, number, frame):
+        self.save = True
+
+
+ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
+SAVING = ("SIGUSR1", "SIGUSR2")  # by which schedulers warn a job that its time is nearly over
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Gives an Asked, in which signals are noted, so that a run ends, or saves, at the end of a step.
+
+    A second signal changes nothing. A signal that is ignored already, as under nohup, stays ignored.
+    """
+    asked = Asked()
+    handlers = dict.fromkeys(ENDING, asked.note_end) | dict.fromkeys(SAVING, asked.note_save)
+    handlers = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
+    heeded = [number for number in handlers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handlers[number]) for number in heeded}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if asked.end else handler)
 
 
 def is_first():

@@ -20,7 +20,7 @@ from common.images import SMALL
 from common.models import ARCHS
 from common.objectives import OBJECTIVES, is_masked
 from common.presets import PRESETS, describe
-from common.run_folder import newest_checkpoint
+from common.run_folder import CHECKPOINTS, is_there, newest_checkpoint
 from common.views import AUGMENTATIONS
 
 
@@ -164,6 +164,7 @@ class Config:
     sync_bn: bool = option(False, bool, "Batch norm over all ranks (on GPUs).")
     compile: bool = option(False, bool, "torch.compile the encoder.")
     save_minutes: float = option(10.0, NOT_NEGATIVE, "Save a checkpoint at least this often, and after every epoch.")
+    keep_every: int = option(None, COUNT, "Keep the weights of every so many epochs too, as epoch-0003.pt.", "none")
     log_every: int = option(10, COUNT, "Steps between two entries of the log.")
 
     # Known once the run is there
@@ -215,7 +216,7 @@ def click_option(field):
 def read(context, resume, options):
     """(Config, contents of the checkpoint that the run goes on from, or None), of a command line."""
     given = {k for k in options if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
-    if resume is not None:
+    if resume not in (None, "auto"):
         return read_resumed(context, Path(resume), options, given)
     if options["recipe"]:
         options = options | of_preset(options, given)
@@ -227,6 +228,8 @@ def read(context, resume, options):
         idle = given & set(names)
         require(not idle or has_meaning(config),
             f"{flags(context, idle)} has a meaning for {where} alone: leave it out")
+    if resume == "auto" and any(is_there(Path(config.run, name)) for name in CHECKPOINTS):
+        return read_same(context, Path(config.run), options, given)
     return config, None
 
 
@@ -280,21 +283,42 @@ def refuse_two_rates(given):
     require(not {"lr", "lr_per_256"} <= given, "--lr and --lr-per-256 both set the learning rate: leave one out")
 
 
-MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "save_minutes", "micro_batch", "compile",
+MAY_CHANGE = {"epochs", "keep_every", "data", "download", "device", "log_every", "save_minutes", "micro_batch", "compile",
         "workers"}  # on --resume
+MOVING = {"size", "stem", "warmup"}  # whose defaults depend on the data, or on --epochs, which may change
 
 
 def read_resumed(context, run, options, given):
     """As read, for the run in the folder `run`: its own options, but for those that may change."""
     require(str(run).strip("."), "--resume takes the folder of a run: name one")
-    contents, warning = newest_checkpoint(run)
-    if warning:
-        say(warning, err=True)
-    config = of_checkpoint(contents)
+    config, contents = read_newest(run)
     changed = {k for k in given - MAY_CHANGE if options[k] != getattr(config, k)}
     require(not changed, f"--resume keeps the run's recipe: leave out {flags(context, changed)}, or start a new run")
     changes = {k: options[k] for k in given & MAY_CHANGE} | {"run": str(run)}
     return dataclasses.replace(config, **changes), contents
+
+
+def read_same(context, run, options, given):
+    """As read, for --resume auto and the run in the folder `run`, which must be the one that the options ask for."""
+    config, contents = read_newest(run)
+    asked = Config(**options)
+    fill_in_defaults(config)
+    fill_in_defaults(asked)
+    kept = [field.name for field in OPTIONS if field.name not in MAY_CHANGE | {"run"}]
+    known = [name for name in kept if name not in MOVING or options[name] is not None]
+    unlike = {name for name in known if getattr(asked, name) != getattr(config, name)}
+    require(not unlike, f"--run-dir {run} holds a run with another {flags(context, unlike)}: "
+            "give that run's options, or name another --run-dir")
+    changes = {k: options[k] for k in given & MAY_CHANGE} | {"run": str(run)}
+    return dataclasses.replace(config, **changes), contents
+
+
+def read_newest(run):
+    """(Config, contents) of the newest readable checkpoint in the folder `run`."""
+    contents, warning = newest_checkpoint(run)
+    if warning:
+        say(warning, err=True)
+    return of_checkpoint(contents), contents
 
 
 def of_checkpoint(contents):

@@ -4,8 +4,10 @@ To add one, give it a name in DATASETS, a branch in load_data, and a line in FIL
 """
 
 import contextlib
+import hashlib
 import math
 import os
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +31,7 @@ class Data(NamedTuple):
     labels: torch.Tensor  # (n,) int64
     classes: list  # names; none where a folder's images lie without class folders
     files: list | None = None  # the path of every image of a streamed folder
+    names: list | None = None  # of every image of a folder, its path from there
 
 
 SAMPLE = 10_000  # images that mean and standard deviation are measured on
@@ -54,7 +57,31 @@ def load_on_every_rank(config, ranks):
             with ranks.hold_refusals():
                 loaded = load(config, config.download and loads_first, ranks.rank == 0)
         ranks.meet()  # here the other ranks wait
+    require_same_on_every_rank(loaded[0], config.data, ranks)
     return loaded
+
+
+def require_same_on_every_rank(data, root, ranks):
+    """Raises Refused on every rank where one of them has other classes, labels or names of images than rank 0."""
+    names = data.names or [f"image {row}" for row in range(len(data.labels))]
+    labelled = (f"{name} of the class {data.classes[label]}" for name, label in zip(names, data.labels.tolist()))
+    mine = sorted([*(f"the class {name}" for name in data.classes), *labelled])
+    digest = hashlib.sha256("\0".join(mine).encode(errors="surrogateescape")).digest()
+    (unlike,) = ranks.largest(digest != ranks.from_first(digest))
+    if not unlike:
+        return
+    theirs = ranks.from_first(mine)
+    with ranks.hold_refusals():
+        if mine != theirs:
+            raise Refused(f"--data {root} on {socket.gethostname()} is not what rank 0 holds, "
+                          f"{first_difference(mine, theirs)}: copy the data there again")
+    ranks.meet()
+
+
+def first_difference(mine, theirs):
+    """In words, of two lists that are not alike."""
+    lacking, more = sorted(set(theirs) - set(mine)), sorted(set(mine) - set(theirs))
+    return f"it lacks {lacking[0]}" if lacking else f"it has {more[0]} as well"
 
 
 def load(config, download, with_test):
@@ -148,13 +175,15 @@ def load_folder(root, train, size, limit=None, stream=False):
     with ThreadPoolExecutor() as pool:
         for row, image in enumerate(pool.map(load, files[:n])):
             images[row] = image
-    return Data(images, torch.tensor(labels), folder.classes, files if stream else None)
+    names = [file.removeprefix(f"{found[0]}{os.sep}") for file in files]
+    return Data(images, torch.tensor(labels), folder.classes, files if stream else None, names)
 
 
 def take(data, rows):
     """The images at `rows`, which must be in ascending order, so that a streamed folder's sample stays in front."""
-    files = None if data.files is None else [data.files[row] for row in rows.tolist()]
-    return data._replace(images=data.images[rows[rows < len(data.images)]], labels=data.labels[rows], files=files)
+    files, names = ([of[row] for row in rows.tolist()] if of else of for of in (data.files, data.names))
+    images = data.images[rows[rows < len(data.images)]]
+    return data._replace(images=images, labels=data.labels[rows], files=files, names=names)
 
 
 def stratified(labels, fraction, g):

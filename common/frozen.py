@@ -17,11 +17,12 @@ from common.views import WorkerViews, draw_view, make_view, worker_batches
 class Frozen(nn.Module):
     """x (n, 3, H, H) uint8, or float in [0, 1] -> r (n, width). It does not learn.
 
-    config: the options of the run, a dict. r is brought to norm 1 where the heads saw it so in training, or if `unit`.
+    config: the options of the run, a dict. step: the one that the weights are of, where it is known. r is brought to norm 1 where the heads saw it so in training, or if `unit`.
     """
 
-    def __init__(self, encoder, mean, std, config, device, unit=False):
+    def __init__(self, encoder, mean, std, config, device, unit=False, step=None):
         super().__init__()
+        self.step = step
         self.encoder, self.config, self.size = encoder, config, config["size"]
         self.unit = unit or config.get("normalize_encoder", False)
         self.register_buffer("mean", mean)
@@ -50,7 +51,7 @@ def frozen_from(contents, path, device, unit=False):
     config = contents["config"]
     try:
         encoder, _ = build_encoder(config["arch"], config["stem"])
-        frozen = Frozen(encoder, contents["mean"], contents["std"], config, device, unit)
+        frozen = Frozen(encoder, contents["mean"], contents["std"], config, device, unit, contents.get("step"))
     except (KeyError, AttributeError, RuntimeError) as e:
         raise Refused(f"{path} names no encoder that pretrain.py builds: "
                       "it is damaged or changed by hand, name another") from e
@@ -149,6 +150,7 @@ def write_classifier(path, classifier):
     contents = {
         "format": FORMAT,
         "config": frozen.config,
+        "step": frozen.step,
         "dataset": classifier.dataset,
         "encoder": frozen.encoder.state_dict(),
         "mean": frozen.mean,

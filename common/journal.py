@@ -135,12 +135,18 @@ class Journal:
                 "Lower --lr, lengthen --warmup or raise --tau", err=True)
         self.losses = Losses(())
         self.save(run)
+        if self.config.keep_every and self.entry["epoch"] % self.config.keep_every == 0:
+            weights = {k: v for k, v in run.checkpoint([], self.seconds).items() if k != "queue"} | {"optimizer": {}}
+            self.folder.keep(f"epoch-{self.entry['epoch']:04d}.pt", weights)
         self.start_epoch()
 
-    def save_now_and_then(self, run):
-        """Saves where the last checkpoint is --save-minutes old."""
-        if run.step != self.saved and time.perf_counter() - self.saved_at > 60 * self.config.save_minutes:
+    def save_now_and_then(self, run, asked):
+        """Saves where the last checkpoint is --save-minutes old, or where a signal has `asked` for it."""
+        old = time.perf_counter() - self.saved_at > 60 * self.config.save_minutes
+        if run.step != self.saved and (old or asked):
             self.save(run)
+        if asked:
+            say(f"saved step {run.step}, as a signal asked; the run goes on")
 
     def save(self, run):
         """Saves this step's checkpoint. Nothing is saved that is not finite: the last checkpoint stays good."""

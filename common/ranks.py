@@ -1,11 +1,14 @@
 """The processes that train together: those that torchrun starts, or one process alone."""
 
 import contextlib
-import datetime
 import gc
+import itertools
 import os
+import time
 import traceback
+from datetime import timedelta
 
+import click
 import torch
 import torch.distributed as dist
 
@@ -37,6 +40,46 @@ def tf32_allowed(allowed):
         torch.backends.cudnn.allow_tf32 = before
 
 
+MEETING_TIME = 300  # seconds that the ranks have to find each other in
+PATIENCE = 10  # seconds before a rank says that it waits
+WORKING_TIME = timedelta(hours=2)  # ranks wait for one that downloads or reads; torchrun notices one that is gone
+
+
+def form_group():
+    """Forms the process group of the ranks that torchrun started. Raises Refused where they do not find each other."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    restart, end = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0), time.monotonic() + MEETING_TIME
+    for attempt in itertools.count():
+        try:
+            left = timedelta(seconds=max(1, end - time.monotonic()))
+            store, rank, world = next(dist.rendezvous("env://", timeout=left))
+            store = dist.PrefixStore(f"meeting {restart} {attempt}", store)
+            wait_for_all(store, world, end)
+            return dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WORKING_TIME)
+        except ValueError as e:
+            raise Refused("LOCAL_RANK is set, but torchrun's other variables make no process group "
+                          f"({e}): start with torchrun, or unset it") from e
+        except RuntimeError as e:
+            reason = str(e).splitlines()[0]
+            if time.monotonic() > end - 1:
+                raise Refused(f"the ranks have not met within {MEETING_TIME} s ({reason}): "
+                              "see that torchrun runs on every node, with the same --nnodes and endpoint") from e
+        time.sleep(1)
+
+
+def wait_for_all(store, world, end):
+    """Returns as soon as `world` ranks have come to the store. Raises RuntimeError after the time `end`."""
+    came, says_at = store.add("came", 1), time.monotonic() + PATIENCE
+    while came < world:
+        if time.monotonic() > end:
+            raise RuntimeError(f"{came} of {world} ranks came")
+        if time.monotonic() > says_at and os.environ["LOCAL_RANK"] == "0":  # once on every node
+            click.echo(f"waiting for {world - came} of {world} ranks, for up to {MEETING_TIME} s", err=True)
+            says_at = end
+        time.sleep(0.05)
+        came = store.add("came", 0)
+
+
 class RefusedElsewhere(SystemExit):
     """Another rank has refused something and says so. This one ends silently, with status 2 as well."""
 
@@ -51,27 +94,24 @@ class Ranks:
     everywhere.
     """
 
-    def __init__(self, device):
-        """device: a torch device, as choose_device gives it."""
-        self.device, self.rank, self.world, self.refusal = torch.device(device), 0, 1, None
+    def __init__(self):
+        self.device, self.rank, self.world, self.refusal = torch.device("cpu"), 0, 1, None
 
     def __enter__(self):
-        if self.device.type == "cuda" and self.device.index is not None:
-            torch.cuda.set_device(self.device)
-        if "LOCAL_RANK" not in os.environ:
-            return self
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        try:  # ranks wait for one that downloads or reads; torchrun notices one that is gone
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-        except (ValueError, RuntimeError) as e:
-            raise Refused("LOCAL_RANK is set, but torchrun's other variables make no process group: "
-                          "start with torchrun, or unset it") from e
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if "LOCAL_RANK" in os.environ:
+            form_group()
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
         return self
+
+    def use(self, device):
+        """From now on this rank computes on that device, as choose_device gives it."""
+        self.device = device
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
 
     def __exit__(self, kind, error, trace):
         """Leaves the group together with the others; after an error that they do not know of, at once."""
-        agreed = error is None or isinstance(error, (Refused, RefusedElsewhere))
+        agreed = error is None or isinstance(error, (Refused, SystemExit))
         if self.world > 1 and agreed:
             traceback.clear_frames(trace)  # gloo aborts at exit while a DistributedDataParallel is there:
             gc.collect()  # an error's frames keep it, and it keeps itself
@@ -86,18 +126,25 @@ class Ranks:
         except Refused as e:
             self.refusal = self.refusal or e
 
-    def any(self, flag):
-        """Whether the flag holds on any rank. It travels between CPUs, so that no rank waits for its GPU."""
-        if self.world == 1:
-            return bool(flag)
-        held = torch.tensor(bool(flag), dtype=torch.int32)
-        dist.all_reduce(held, dist.ReduceOp.MAX)
-        return bool(held)
+    def largest(self, *numbers):
+        """The largest of each number over the ranks. They travel between CPUs, so that no rank waits for its GPU."""
+        held = torch.tensor(numbers, dtype=torch.int32)
+        if self.world > 1:
+            dist.all_reduce(held, dist.ReduceOp.MAX)
+        return held.tolist()
+
+    def from_first(self, found):
+        """What rank 0 has found, on every rank."""
+        held = [found]
+        if self.world > 1:
+            dist.broadcast_object_list(held, device=torch.device("cpu"))
+        return held[0]
 
     def meet(self):
-        """Waits for all ranks, and raises on each of them what one of them has refused."""
-        if self.any(self.refusal):
-            raise self.refusal or RefusedElsewhere()
+        """Waits for all ranks. What one of them has refused is raised on all; if several have, the first one speaks."""
+        (speaker,) = self.largest(self.world - self.rank if self.refusal else 0)
+        if speaker:
+            raise self.refusal if self.rank == self.world - speaker else RefusedElsewhere()
 
 
 def gather_views(rows, views):

@@ -4,10 +4,10 @@
     log.jsonl         an object for each logged step and each epoch
     ckpt.pt           the newest checkpoint; ckpt-previous.pt is the one before it,
                       ckpt-damaged.pt one that could not be read
-    lock              held by the process that writes here, while it runs
+    epoch-0003.pt     weights alone, of an epoch that --keep-every keeps
+    lock              held by the process that writes here, while it runs; names its host, number and start
 """
 
-import contextlib
 import dataclasses
 import errno
 import itertools
@@ -15,8 +15,10 @@ import json
 import math
 import os
 import platform
-import signal
+import socket
 import subprocess
+import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -26,10 +28,12 @@ from common.cli import Refused, say
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps a second process out
+except ImportError:  # Windows
     fcntl = None
 
 
+CHECKPOINTS = "ckpt.pt", "ckpt-previous.pt"
+WRITTEN = "ckpt", "epoch", "config"  # how the names begin that a run writes aside
 FORMAT = "supcon-pretrain-1"
 ENTRIES = {"config": dict, "step": int, "seconds": float, "encoder": dict, "optimizer": dict,
            "mean": torch.Tensor, "std": torch.Tensor, "classes": list}
@@ -58,7 +62,7 @@ def load_plain(path, kind, script, form, entries, remedy):
 
 def newest_checkpoint(run):
     """(contents, warning or None) of the newest readable checkpoint in the folder `run`."""
-    newest, previous = run / "ckpt.pt", run / "ckpt-previous.pt"
+    newest, previous = (run / name for name in CHECKPOINTS)
     if not (is_there(newest) or is_there(previous)):
         raise Refused(f"--resume {run} has no checkpoint: name the folder of a run")
     try:
@@ -70,6 +74,12 @@ def newest_checkpoint(run):
     if not newest.exists():
         return contents, None
     return contents, f"{newest} cannot be read: going on from {previous}, step {contents['step']}"
+
+
+def is_finished(contents, epochs):
+    """Whether the run of a checkpoint has taken all steps of so many epochs."""
+    images = contents.get("images")  # up to version 0.3 there is no such entry
+    return images is not None and contents["step"] >= epochs * (images // contents["config"]["batch"])
 
 
 def load_state(module, state, path):
@@ -99,7 +109,7 @@ def refuse_unusable(run, resuming):
 
 def holds_steps(run):
     """Whether there is a checkpoint that a new run would lose. One of step 0 is no loss."""
-    checkpoints = [path for path in (run / "ckpt.pt", run / "ckpt-previous.pt") if path.exists()]
+    checkpoints = [run / name for name in CHECKPOINTS if (run / name).exists()]
     try:
         return any(load_checkpoint(path)["step"] > 0 for path in checkpoints)
     except Refused:
@@ -115,7 +125,7 @@ class RunFolder:
     """
 
     def __init__(self, path, about, first=None, step=0):
-        self.path, self._log = path, None
+        self.path, self._log, self._named = path, None, False
         refuse_unusable(path, resuming=first is None)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -124,6 +134,8 @@ class RunFolder:
             raise self._unwritable(e) from e
         self._claim()
         try:
+            for left in (file for stem in WRITTEN for file in path.glob(f"{stem}*.tmp")):  # by a process that was killed
+                left.unlink(missing_ok=True)
             if first is None:
                 self._put_damaged_aside(step)
                 cut_log(path / "log.jsonl", step)
@@ -139,14 +151,44 @@ class RunFolder:
         return Refused(f"--run-dir {self.path} cannot be written ({e.strerror}): free space, or name another --run-dir")
 
     def _claim(self):
+        """Keeps other processes out: by a lock, or, where the file system has none, by the name in the lock's file."""
+        me = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self._named = not self._has_lock()
+        if self._named:
+            holder = holder_of(self.path / "lock")
+            if holder and holder != me:
+                raise self._in_use()
+            say(f"warning: the file system of {self.path} has no locks: until the run has ended, start no other there",
+                err=True)
+        self._name_holder(json.dumps(me) + "\n")
+        if self._named:
+            time.sleep(0.2)  # another process may have written its name at the same moment
+            if holder_of(self.path / "lock") != me:
+                raise self._in_use()
+
+    def _name_holder(self, words):
+        """Writes into the file that is open already: to open it once more and close that would give up the lock."""
+        self.lock.truncate(0)
+        self.lock.write(words)
+        self.lock.flush()
+
+    def _has_lock(self):
+        """Whether this process holds a lock. It goes with the process, however that ends; workers do not inherit it."""
         try:
-            if fcntl:  # this lock goes with the process, however that ends, and is not inherited by workers
+            if fcntl:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as e:
-            raise Refused(f"--run-dir {self.path} is in use by another process: "
-                          "wait for its end, or name another --run-dir") from e
+            raise self._in_use() from e
         except OSError:  # a file system without locks
-            pass
+            return False
+        return bool(fcntl)
+
+    def _in_use(self):
+        holder = read_holder(self.path / "lock")
+        by = "{process} on {host} since {since}".format(**holder) if holder else "of an earlier version"
+        until = f", or until {LEASE // 60} minutes after it was killed," if self._named else ""
+        return Refused(f"--run-dir {self.path} is in use by another process, {by}: "
+                       f"wait for its end{until} or name another --run-dir")
 
     def _put_damaged_aside(self, step):
         newest = self.path / "ckpt.pt"
@@ -163,6 +205,8 @@ class RunFolder:
     def log(self, entry):
         line = json.dumps(entry).encode() + b"\n"
         try:
+            if self._named:
+                os.utime(self.path / "lock")  # the process is alive
             if self._log.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
@@ -171,21 +215,60 @@ class RunFolder:
 
     def save(self, contents):
         """Writes a checkpoint aside, flushes it to the disk and renames it: the folder always holds a whole one."""
-        newest, previous = self.path / "ckpt.pt", self.path / "ckpt-previous.pt"
+        newest, previous = (self.path / name for name in CHECKPOINTS)
+        self._write(newest, contents, previous)
+
+    def keep(self, name, contents):
+        """Writes a checkpoint that no later one replaces."""
+        self._write(self.path / name, contents)
+
+    def _write(self, path, contents, keep_as=None):
         try:
             if self._log:
                 os.fsync(self._log.fileno())  # no checkpoint is newer than its log
-            write_aside(newest, lambda f: torch.save(contents, f), keep_as=previous)
+            write_aside(path, lambda f: torch.save(contents, f), keep_as=keep_as)
         except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
             reason = getattr(e, "strerror", None) or "is the disk full?"
             remedy = "free space, or name another --run-dir"
-            if newest.exists():
+            if not self.path.exists():
+                remedy = "if the folder was moved, go on with --resume and its new name"
+            elif (self.path / CHECKPOINTS[0]).exists():
                 remedy = f"the last good one stays: free space, then go on with --resume {self.path}"
-            raise Refused(f"{newest} could not be written ({reason}); {remedy}") from e
+            raise Refused(f"{path} could not be written ({reason}); {remedy}") from e
 
     def close(self):
         self._log.close()
+        if self._named:
+            self._name_holder("")
         self.lock.close()
+
+
+LEASE = 900  # seconds without a log entry after which a process that holds a folder by name counts as dead
+
+
+def read_holder(path):
+    """Who wrote the lock's file: a dict of host, process and since; or None."""
+    try:
+        holder = json.loads(path.read_text())
+        return holder if holder.keys() == {"host", "process", "since"} else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def holder_of(path):
+    """As read_holder, but None where that process has ended, or, on another host, where it is silent for LEASE."""
+    holder = read_holder(path)
+    if holder and holder["host"] == socket.gethostname():
+        return holder if runs(holder["process"]) else None
+    return holder if holder and time.time() - path.stat().st_mtime < LEASE else None
+
+
+def runs(process):
+    try:
+        os.kill(process, 0)
+    except (OSError, OverflowError, TypeError):
+        return False
+    return True
 
 
 def suffix(*kinds):
@@ -217,8 +300,11 @@ def is_free(path, about):
 
 
 def write_aside(path, write, keep_as=None):
-    """Calls write(file) on a file beside `path`, which then takes its place. What stood there becomes `keep_as`."""
-    aside = path.with_suffix(".tmp")
+    """Calls write(file) on a file beside `path`, which then takes its place. What stood there becomes `keep_as`.
+
+    The file beside it has a name of its own, so that several may write at a time, and the last one counts.
+    """
+    aside = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
     try:
         with open(aside, "wb") as f:
             write(f)
@@ -286,20 +372,3 @@ def describe_run(config, world):
             "torchvision": torchvision.__version__,
         },
     }
-
-
-@contextlib.contextmanager
-def signals_noted():
-    """Gives a list to which SIGTERM, SIGINT and SIGHUP are added, so that a run ends at the end of a step.
-
-    A second signal changes nothing. A signal that is ignored already, as under nohup, stays ignored.
-    """
-    asked = []
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    before = [signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers]
-    try:
-        yield asked
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, signal.SIG_IGN if asked else handler)

@@ -1,13 +1,16 @@
 """The tables and the picture of the results, from the folders of runs.
 
-    python experiments/results_table.py results/*                                           for results/README.md
+    python experiments/results_table.py runs/*                                              of a sweep: what differs
+    python experiments/results_table.py runs/* --csv > sweep.csv
+    python experiments/results_table.py --long results/*                                    for results/README.md
     python experiments/results_table.py --short results/cifar* results/fashion* --picture docs/results.png
 
-A run's folder holds config.json and log.jsonl of pretrain.py, probe.json of linear_probe.py and, if it was tested,
-robustness.json of robustness.py. What holds no probe.json is left out. "views, M" is what a run was allowed: the views
+A run's folder holds config.json and log.jsonl of pretrain.py, probe.json of linear_probe.py if it was probed and
+robustness.json of robustness.py if it was tested. --long, --short and --picture leave out what was not probed. "views, M" is what a run was allowed: the views
 that it encoded, which are images x views x epochs, in millions.
 """
 
+import csv
 import json
 import statistics
 import sys
@@ -25,8 +28,8 @@ class Run(NamedTuple):
     name: str
     about: dict  # config.json: versions, machine and commit
     options: dict  # of pretrain.py
-    last: dict  # the log's entry of the last epoch
-    probe: dict
+    last: dict  # the log's entry of the last epoch; empty before the end of the first
+    probe: dict | None  # probe.json, if there is one
     corrupted: dict | None  # robustness.json, if there is one
 
     @property
@@ -41,12 +44,17 @@ class Run(NamedTuple):
 
 
 def read(folder):
-    about, probe = (json.loads((folder / name).read_text()) for name in ("config.json", "probe.json"))
-    log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    last = [entry for entry in log if "mean_loss" in entry][-1]
-    tested = folder / "robustness.json"
-    corrupted = json.loads(tested.read_text()) if tested.exists() else None
+    about = read_json(folder / "config.json")
+    lines = (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").exists() else []
+    epochs = [line for line in lines if '"mean_loss"' in line and line.endswith("}")]  # a run may be writing a line now
+    last = json.loads(epochs[-1]) if epochs else {}
+    probe, corrupted = read_json(folder / "probe.json"), read_json(folder / "robustness.json")
     return Run(folder.name, about, about["options"], last, probe, corrupted)
+
+
+def read_json(path):
+    """What a JSON file holds; None where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 # ---------------------------------------------------------------- tables
@@ -55,6 +63,32 @@ def read(folder):
 def print_table(head, rows):
     for cells in (head, ["---"] * len(head), *rows):
         click.echo("| " + " | ".join(map(str, cells)) + " |")
+
+
+NO_CHOICE = {"run", "streams", "num_classes", "noisy_labels"}  # entries of the options that nobody varies
+
+
+def compared(runs):
+    """(head, rows) of all runs, whether probed or not, with the options that differ among them."""
+    names = list(dict.fromkeys(name for run in runs for name in run.options if name not in NO_CHOICE))
+    varied = [name for name in names if len({str(run.options.get(name)) for run in runs}) > 1]
+    head = ["run", *varied, "epoch", "last loss", "k-NN %", "probe top-1 %"]
+    return head, [[run.name, *(cell(run.options.get(name)) for name in varied), *worth(run)] for run in runs]
+
+
+def worth(run):
+    """How far a run has come and what it reached, as far as that is known."""
+    last, probe = run.last, run.probe or {}
+    return [
+        f"{last.get('epoch', 0)} of {run.options['epochs']}",
+        cell(last.get("mean_loss")),
+        cell(last.get("knn_top1")),
+        cell(probe.get("top1")),
+    ]
+
+
+def cell(value):
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 TRAINED = [
@@ -88,7 +122,7 @@ def trained(run):
         f"{run.views:.2f}",
         f"{last['seconds'] / 60:.1f}",
         f"{run.probe['top1']:.2f}",
-        f"{last['knn_top1']:.1f}",
+        f"{last['knn_top1']:.1f}" if "knn_top1" in last else "",
         o["seed"],
     ]
 
@@ -198,17 +232,29 @@ def draw(groups, path):
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--short", "is_short", is_flag=True, help="Print one table of five columns instead.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print the same table as comma-separated values.")
+@click.option("--long", "is_long", is_flag=True, help="Print how probed runs were trained and all that was measured.")
+@click.option("--short", "is_short", is_flag=True, help="Print five columns of probed runs.")
 @click.option(
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Also draw the probes' top-1 into this PNG file (needs matplotlib).",
 )
-def main(runs, is_short, picture):
-    """Print the folders RUNS as Markdown tables, and below these what the runs ran on."""
-    runs = [read(folder) for folder in sorted(runs) if (folder / "probe.json").exists()]
+def main(runs, as_csv, is_long, is_short, picture):
+    """Print the folders RUNS as a Markdown table: the options that differ, and what each run reached."""
+    runs = [read(folder) for folder in sorted(runs) if (folder / "config.json").exists()]
+    if not runs:
+        raise click.UsageError("none of RUNS holds a config.json: name folders that pretrain.py has written")
+    if not (is_long or is_short or picture):
+        head, rows = compared(runs)
+        return csv.writer(sys.stdout).writerows([head, *rows]) if as_csv else print_table(head, rows)
+    runs = [run for run in runs if run.probe and run.last]
     if not runs:
         raise click.UsageError("none of RUNS holds a probe.json: run linear_probe.py on one first")
+    show_probed(runs, is_short, picture)
+
+
+def show_probed(runs, is_short, picture):
     groups = by_data_set(runs)
     if picture:
         draw(groups, picture)

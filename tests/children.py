@@ -44,12 +44,13 @@ def preload():
 class Launch:
     """The processes of one launch, and what they print."""
 
-    def __init__(self, function, arguments, ranks=None):
+    def __init__(self, function, arguments, ranks=None, absent=0):
+        """absent: how many of the ranks, the last ones, never start."""
         preload()
         self.folder = tempfile.TemporaryDirectory()
         self.store = store() if ranks else None
         self.processes = []
-        for rank in range(ranks or 1):
+        for rank in range((ranks or 1) - absent):
             environment = environment_of(rank, ranks, self.store) if ranks else {}
             streams = [os.path.join(self.folder.name, f"{name}{rank}") for name in ("out", "err")]
             self.processes.append(server.Process(target=child, args=(function, arguments, environment, streams)))

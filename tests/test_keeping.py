@@ -1,7 +1,12 @@
 """The parts of a run's folder, one by one: what is written there, what is kept, what is read again."""
 
+import errno
+import fcntl
 import json
+import os
 import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +58,42 @@ def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_
     assert file.read_bytes() == b"first" and list(tmp_path.iterdir()) == [file]
     common.run_folder.write_aside(file, lambda f: f.write(b"second"), keep_as=tmp_path / "previous")
     assert file.read_bytes() == b"second" and (tmp_path / "previous").read_bytes() == b"first"
+
+
+def test_many_writers_of_one_file_leave_one_whole_file(tmp_path):
+    file, sizes = tmp_path / "probe.json", [1000 * n for n in range(1, 41)]
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda size: common.run_folder.write_aside(file, lambda f: f.write(bytes(size))), sizes))
+    assert file.stat().st_size in sizes and list(tmp_path.iterdir()) == [file]
+
+
+def without_locks(*arguments):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_where_there_are_no_locks_the_name_of_the_writer_keeps_a_second_one_out(tmp_path, monkeypatch, capsys):
+    run, lock = tmp_path / "run", tmp_path / "run" / "lock"
+    monkeypatch.setattr(fcntl, "lockf", without_locks)
+    first = common.run_folder.RunFolder(run, {}, contents(0))
+    assert capsys.readouterr().err.count("has no locks") == 1
+    mine = json.loads(lock.read_text())
+    assert mine["host"] == socket.gethostname() and mine["process"] == os.getpid()
+    others = {"a live process": mine | {"process": os.getppid()}, "another host": mine | {"host": "elsewhere"}}
+    for holder in others.values():
+        lock.write_text(json.dumps(holder))
+        words = f"{holder['process']} on {holder['host']} since {mine['since']}"
+        with pytest.raises(common.cli.Refused, match=f"in use by another process, {words}"):
+            common.run_folder.RunFolder(run, {}, step=0)
+    os.utime(lock, (0, 0))  # the other host has been silent for long
+    common.run_folder.RunFolder(run, {}, step=0).close()
+    lock.write_text(json.dumps(mine | {"process": 2**22 + 1}))  # there is no such process
+    second = common.run_folder.RunFolder(run, {}, step=0)
+    os.utime(lock, (0, 0))
+    second.log({"step": 1})
+    assert lock.stat().st_mtime > 0  # every entry of the log says that the process is alive
+    second.close()
+    assert not lock.read_text()
+    first.close()
 
 
 def test_the_newest_checkpoint_and_the_one_before_it_are_kept(tmp_path):
@@ -149,16 +190,17 @@ def test_what_every_part_of_a_run_ran_on_is_kept(tmp_path):
 
 
 def test_signals_are_noted_however_many_come():
-    heeded = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    heeded = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2), signal.SIG_DFL)
+    heeded |= {signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in heeded.items()}  # some may be ignored here
     try:
-        with common.run_folder.signals_noted() as asked:
-            assert not asked
+        with common.cli.signals_noted() as asked:
+            assert not asked.end and not asked.save
         assert {number: signal.getsignal(number) for number in heeded} == heeded  # where none came, as they were
-        with common.run_folder.signals_noted() as asked:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        with common.cli.signals_noted() as asked:
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
                 signal.raise_signal(number)
-        assert asked == [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]
+        assert asked.end == signal.SIGTERM and asked.save  # the first one that ends a run is its status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

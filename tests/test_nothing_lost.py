@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -17,7 +18,7 @@ import common.cli
 import common.run_folder
 import linear_probe
 import pretrain
-from children import Launch, call, run_script, start, workers_of
+from children import call, run_script, start, workers_of
 from kill_and_resume import WAYS, kill_and_resume
 from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal, same_bits, state_of, torchrun, train
 
@@ -68,12 +69,32 @@ def test_a_signal_saves_and_ends_with_the_command_that_goes_on(word, long, tmp_p
     stopped.signal(word)
     stopped.wait(timeout=10)
     step = common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"]
-    assert stopped.status == 0 and "Traceback" not in stopped.err and 9 <= step < 64
+    assert stopped.status == 128 + word and "Traceback" not in stopped.err and 9 <= step < 64
     assert f"stopped after step {step} of 64" in stopped.out
     command = shlex.split(stopped.out.splitlines()[-1])
     assert command == ["python", "pretrain.py", "--resume", str(folder)]
     train(*command[2:])
     assert log_of(folder) == log_of(long) and same_bits(state_of(folder), state_of(long))
+
+
+@pytest.mark.parametrize("word", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_warning_signal_saves_and_the_run_goes_on(word, long, tmp_path):
+    folder = tmp_path / "run"
+    warned = start("pretrain", *LONG, "--run-dir", folder)
+    wait_for_step(folder, 9, warned.running)
+    warned.signal(word)
+    assert warned.wait().status == 0
+    step = int(re.search(r"saved step (\d+), as a signal asked; the run goes on", warned.out)[1])
+    assert 9 <= step < 64
+    assert log_of(folder) == log_of(long) and same_bits(state_of(folder), state_of(long))
+
+
+def test_a_warning_signal_to_any_rank_saves(tmp_path):
+    folder = tmp_path / "run"
+    warned = start("pretrain", *LONG, "--run-dir", folder, ranks=2)
+    wait_for_step(folder, 9, warned.running)
+    os.kill(warned.pids[1], signal.SIGUSR1)
+    assert warned.wait().status == 0 and warned.out.count("as a signal asked") == 1
 
 
 def run_into_a_closed_pipe(*arguments):
@@ -114,6 +135,7 @@ def test_a_signal_to_torchrun_in_the_middle_of_an_epoch_ends_every_rank(tmp_path
     wait_for_step(folder, 35, lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=10)  # torchrun ends after its ranks have
+    assert process.returncode != 0  # a scheduler must not take the run for a finished one
     step = common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"]
     assert 35 <= step < 60 and step % 30
     assert out.splitlines()[-1] == f"torchrun --nproc_per_node=2 pretrain.py --resume {folder}"
@@ -174,22 +196,9 @@ def test_what_one_rank_alone_refuses_ends_every_rank(tmp_path):
     assert ended.err.count("is not a readable image") == 1 and "gloo" not in ended.err
 
 
-def train_in_a_folder_of_its_own(folder, *arguments):
-    """In a rank: as on a machine that shares no disk with the others."""
-    os.chdir(os.path.join(folder, os.environ["RANK"]))
-    run_script("pretrain", *arguments)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_alone_refuses_before_the_first_step_ends_every_rank(rank, tmp_path):
-    for other in range(2):
-        (tmp_path / str(other)).mkdir()
-    (tmp_path / str(rank) / "run").mkdir()
-    (tmp_path / str(rank) / "run" / "log.jsonl").write_text("a log")
-    arguments = (str(tmp_path), *SMALL, "--run-dir", "run")
-    ended = Launch(train_in_a_folder_of_its_own, arguments, ranks=2).wait(timeout=30)
-    assert [process.exitcode for process in ended.processes] == [2, 2]
-    assert ended.err.count("already holds a run") == 1
+def test_what_every_rank_refuses_is_said_once(tmp_path):
+    ended = start("pretrain", *SMALL, "--batch", "49", "--run-dir", tmp_path / "run", ranks=2).wait()
+    assert ended.status == 2 and ended.err.count("\n") == 1 and "not a multiple of the 2 ranks" in ended.err
 
 
 def test_config_keeps_what_the_earlier_parts_of_a_run_ran_on(tmp_path):
@@ -208,7 +217,8 @@ def test_a_folder_in_use_is_refused_to_a_second_process(tmp_path, monkeypatch, c
     folder = tmp_path / "run"
     other = start("pretrain", *LONG, "--epochs", "300", "--warmup", "0", "--run-dir", folder)
     wait_for_step(folder, 2, other.running)
-    assert "in use by another process" in refusal(pretrain, ["--resume", folder], monkeypatch, capsys)
+    words = f"in use by another process, {other.pids[0]} on {socket.gethostname()} since"
+    assert words in refusal(pretrain, ["--resume", folder], monkeypatch, capsys)
     other.kill()
     train("--resume", folder, "--epochs", log_of(folder)[-1]["epoch"] + 1)
 
@@ -235,7 +245,7 @@ def test_a_full_disk_loses_nothing(long, tmp_path):
         errors = [line for line in full.err.splitlines() if line.startswith("error: ")]
         assert full.status == 2 and len(errors) == 1 and "Traceback" not in full.err
         assert "the last good one stays: free space" in errors[0]
-        assert common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"] == 4 and not (folder / "ckpt.tmp").exists()
+        assert common.run_folder.load_checkpoint(folder / "ckpt.pt")["step"] == 4 and not any(folder.glob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         train("--resume", folder)
         assert log_of(folder) == log_of(long) and same_bits(state_of(folder), state_of(long))
@@ -352,10 +362,21 @@ def test_resume_may_extend_a_run_but_not_change_its_recipe(tmp_path, monkeypatch
 def test_a_folder_killed_before_its_log_began_starts_anew(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    for name in ("lock", "config.json", "ckpt.tmp"):
+    for name in ("lock", "config.json", "ckpt.tmp", "ckpt-ab12.tmp", "config-ab12.tmp"):
         (run / name).write_text("")
     train(*SMALL, "--epochs", "1", "--run-dir", run)
-    assert log_of(run)[-1]["epoch"] == 1
+    assert log_of(run)[-1]["epoch"] == 1 and not any(run.glob("*.tmp"))
+
+
+def test_a_folder_that_is_moved_while_it_is_written_is_not_taken_for_a_full_disk(tmp_path):
+    folder = tmp_path / "run"
+    moved = start("pretrain", *LONG, "--save-minutes", "0", "--run-dir", folder)
+    wait_for_step(folder, 5, moved.running)
+    folder.rename(tmp_path / "elsewhere")
+    moved.wait()
+    assert moved.status == 2 and moved.err.splitlines()[-1].startswith("error: ") and "Traceback" not in moved.err
+    assert "go on with --resume and its new name" in moved.err and "free space" not in moved.err
+    train("--resume", tmp_path / "elsewhere", "--epochs", log_of(tmp_path / "elsewhere")[-1]["epoch"] + 1)
 
 
 def test_a_signal_that_ends_the_compiler_too_ends_the_run_in_one_line(tmp_path, monkeypatch):
@@ -370,7 +391,8 @@ def test_a_signal_that_ends_the_compiler_too_ends_the_run_in_one_line(tmp_path, 
 
     words = [*SMALL, "--epochs", "1", "--compile", "--run-dir", run]
     monkeypatch.setattr(pretrain, "training_step", told_to_stop)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     with pytest.raises(common.cli.Refused, match="stopped while step 1 was compiled; this goes on: .*--resume"):
         train(*words)
     for number, handler in handlers.items():  # a run that was told to stop ignores what else comes

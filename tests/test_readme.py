@@ -82,7 +82,7 @@ def test_readme_shows_the_commands_that_matter():
     for command in (
         "pretrain.py --dataset cifar10 --batch 1024",
         "linear_probe.py runs/cifar10-resnet50-supcon-s0",
-        "pretrain.py --dataset shapes --augment crop --lr 0.1",
+        "pretrain.py --dataset shapes --augment crop --lr 0.1 --resume auto",
         "common/figures.py runs/*",
     ):
         assert command in shown
@@ -125,7 +125,7 @@ def test_examples_of_the_pages_run(page):
 
 @pytest.mark.parametrize(
     "page, words",
-    [("README.md", ("--short", "results/cifar*", "results/fashion*")), ("results/README.md", ("results/*",))],
+    [("README.md", ("--short", "results/cifar*", "results/fashion*")), ("results/README.md", ("--long", "results/*"))],
 )
 def test_tables_are_what_the_command_prints(page, words):
     mark = " ".join(["python experiments/results_table.py", *words])

@@ -43,7 +43,7 @@ def stop_somewhere(launch, run, chance):
         wait_until(lambda: log.exists() and log.stat().st_size > size, launch)
         time.sleep(chance.uniform(0, 0.5))
     if chance.random() < 0.5:
-        wait_until((run / "ckpt.tmp").exists, launch)
+        wait_until(lambda: any(run.glob("ckpt-*.tmp")), launch)
     ended = not launch.running()
     launch.kill()
     return not ended

@@ -162,9 +162,12 @@ MISTAKES = {
         ("the gradients of the last step stay", "        run.optimizer.zero_grad()\n", "", "runs log"),
         ("one rank alone ends, the others wait",
          "        with ranks.hold_refusals():\n            complete(config, ranks.world)\n"
-         "            refuse_unusable(Path(config.run), resuming=resumed is not None)\n        ranks.meet()\n",
-         "        complete(config, ranks.world)\n"
-         "        refuse_unusable(Path(config.run), resuming=resumed is not None)\n", "nothing_lost"),
+         "            if ranks.rank == 0:\n"
+         "                refuse_unusable(Path(config.run), resuming=resumed is not None)\n        ranks.meet()\n",
+         "        complete(config, ranks.world)\n        if ranks.rank == 0:\n"
+         "            refuse_unusable(Path(config.run), resuming=resumed is not None)\n", "nothing_lost"),
+        ("a run goes on from the checkpoint of its own node",
+         "    if ranks.rank == 0:\n            found = read(", "    if True:\n            found = read(", "clusters"),
     ],
     "linear_probe.py": [
         ("what is held out is trained on too",
@@ -268,6 +271,9 @@ MISTAKES = {
          "is_small = images.shape[-1] < PIXELS_OF_SMALL", "corruptions"),
     ],
     "common/data.py": [
+        ("other data on another node are trained on", "    if not unlike:\n", "    if True:\n", "clusters"),
+        ("the labels of another node may be others",
+         'f"{name} of the class {data.classes[label]}"', 'f"{name}"', "clusters"),
         ("keys of one sum share a stream",
          "SeedSequence([len(key), *halves])", "SeedSequence([len(key), sum(halves)])", "moves"),
         ("short keys are filled up with zeros", "SeedSequence([len(key), *halves])", "SeedSequence(halves)", "moves"),
@@ -498,8 +504,13 @@ MISTAKES = {
         ("the log loses the checkpoint's own step", "if step_of(line) > step:", "if step_of(line) >= step:", "log"),
         ("half a line stays in the log",
          'if line.endswith(b"\\n") else math.inf', 'if line.endswith(b"}\\n") else 0', "keeping"),
-        ("no checkpoint before this one is kept", ", keep_as=previous)", ")", "log"),
-        ("a checkpoint is written in place", 'aside = path.with_suffix(".tmp")', "aside = path", "keeping"),
+        ("no checkpoint before this one is kept", ", contents, previous)", ", contents)", "log"),
+        ("a checkpoint is written in place", 'aside = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")', "aside = path", "keeping"),
+        ("two writers share a file aside", "{uuid.uuid4().hex}", "", "keeping"),
+        ("a second writer is let in where there are no locks",
+         "if holder and holder != me:", "if False:", "keeping"),
+        ("a dead process keeps its folder", 
+         'return holder if runs(holder["process"]) else None', "return holder", "keeping"),
         ("a file that could not be written stays beside",
          "        aside.unlink(missing_ok=True)\n", "        pass\n", "keeping"),
         ("a checkpoint may run code",
@@ -513,9 +524,6 @@ MISTAKES = {
         ("the damaged checkpoint takes the good one's place",
          'os.replace(newest, self.path / "ckpt-damaged.pt")', "pass", "keeping"),
         ("the earlier parts of a run are forgotten", 'return before.get("earlier", []) + [', "return [", "keeping"),
-        ("a second signal ends the run at once",
-         "lambda number, frame: asked.append(number))",
-         "lambda number, frame: asked.append(number) if not asked else sys.exit(1))", "keeping"),
     ],
     "common/views.py": [
         ("the row and the column of a crop from one number",
@@ -626,12 +634,17 @@ MISTAKES = {
     ],
     "common/ranks.py": [
         ("a refusal is not agreed on",
-         "        if self.any(self.refusal):\n", "        if self.refusal:\n", "nothing_lost"),
+         "        if speaker:\n", "        if self.refusal:\n", "nothing_lost"),
+        ("what one rank is asked, the others do not hear",
+         "dist.all_reduce(held, dist.ReduceOp.MAX)", "pass", "nothing_lost"),
         ("views of two ranks one rank after the other",
          "return losses.all_gather_rows(by_image).transpose(0, 1).flatten(0, 1)",
          "return losses.all_gather_rows(rows)", "runs"),
     ],
     "common/cli.py": [
+        ("a second signal ends the run at once",
+         "self.end = self.end or number", "self.end = number if not self.end else sys.exit(1)", "keeping"),
+        ("a stopped run ends with status 0", "super().__init__(128 + number)", "super().__init__(0)", "nothing_lost"),
         ("what a user can put right ends with status 1", "    sys.exit(2)\n", "    sys.exit(1)\n", "bad_input"),
     ],
 }

@@ -1,0 +1,291 @@
+"""Several nodes, restarts and requeues: the nodes are folders that share nothing, or launches of torchrun here."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import common.cli
+import common.data
+import common.ranks
+import pretrain
+import results_table
+from children import Launch, run_script, start
+from common.run_folder import load_checkpoint
+from runs import FOLDER, SMALL, files_in, folder_of, log_of, probe, refusal, same_bits, state_of, torchrun, train
+
+pytestmark = pytest.mark.seeds_torch
+TWO = [*SMALL, "--epochs", "2"]
+
+
+def train_in_a_folder_of_its_own(folder, *arguments):
+    """In a rank: as on a machine that shares no disk with the others."""
+    os.chdir(os.path.join(folder, os.environ["RANK"]))
+    run_script("pretrain", *arguments)
+
+
+def on_two_nodes(folder, *arguments):
+    """Two ranks that share no disk, the first in folder/0 and the second in folder/1."""
+    for rank in "01":
+        (folder / rank).mkdir(exist_ok=True)
+    return Launch(train_in_a_folder_of_its_own, (str(folder), *map(str, arguments)), ranks=2).wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two epochs on two ranks, and beside it the same folder after its first epoch."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert start("pretrain", *TWO, "--run-dir", folder / "run", ranks=2).wait().status == 0
+    stopped = [*SMALL, "--epochs", "1", "--warmup", "0.2", "--schedule", "constant"]
+    assert start("pretrain", *stopped, "--run-dir", folder / "half", ranks=2).wait().status == 0
+    return folder
+
+
+# ---------------------------------------------------------------- rank 0 reads, and the others need no folder
+
+
+@pytest.mark.parametrize("other", ["no folder", "an older checkpoint", "a damaged checkpoint"])
+def test_a_run_goes_on_from_rank_0s_checkpoint_whatever_the_other_node_holds(other, whole, tmp_path):
+    run = tmp_path / "0" / "run"
+    shutil.copytree(whole / "half", run)
+    if other != "no folder":
+        shutil.copytree(whole / "half", tmp_path / "1" / "run")
+        newest = tmp_path / "1" / "run" / "ckpt.pt"
+        older = (tmp_path / "1" / "run" / "ckpt-previous.pt").read_bytes()  # of step 0
+        newest.write_bytes(older if other == "an older checkpoint" else older[:999])
+    before = files_in(tmp_path / "1") if other != "no folder" else {}
+    assert on_two_nodes(tmp_path, "--resume", "run", "--epochs", "2").status == 0
+    shutil.copytree(whole / "half", tmp_path / "unbroken")
+    assert start("pretrain", "--resume", tmp_path / "unbroken", "--epochs", "2", ranks=2).wait().status == 0
+    assert same_bits(state_of(run), state_of(tmp_path / "unbroken")) and log_of(run) == log_of(tmp_path / "unbroken")
+    assert files_in(tmp_path / "1") == before
+
+
+def test_what_rank_0_alone_refuses_before_the_first_step_ends_every_rank(tmp_path):
+    (tmp_path / "0" / "run").mkdir(parents=True)
+    (tmp_path / "0" / "run" / "log.jsonl").write_text("a log")
+    ended = on_two_nodes(tmp_path, *SMALL, "--run-dir", "run")
+    assert [process.exitcode for process in ended.processes] == [2, 2]
+    assert ended.err.count("already holds a run") == 1
+
+
+# ---------------------------------------------------------------- the same data on every node
+
+
+def one_missing(root):
+    (root / "train" / "b" / "3.png").unlink()
+    return "it lacks b/3.png of the class b"
+
+
+def another_name(root):
+    (root / "train" / "b" / "3.png").rename(root / "train" / "b" / "4.png")
+    return "it lacks b/3.png of the class b"
+
+
+def one_more(root):
+    shutil.copy(root / "train" / "b" / "3.png", root / "train" / "b" / "4.png")
+    return "it has b/4.png of the class b as well"
+
+
+def another_class(root):
+    (root / "train" / "b").rename(root / "train" / "c")
+    return "it lacks b/0.png of the class b"
+
+
+@pytest.mark.parametrize("options", [[], ["--stream", "--workers", "0"]], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("change", [one_missing, another_name, one_more, another_class])
+def test_other_data_on_another_node_is_refused_with_the_first_difference(change, options, tmp_path):
+    for rank in "01":
+        folder_of(tmp_path / rank / "data", ["train"], ["a", "b"])
+    words = change(tmp_path / "1" / "data")
+    ended = on_two_nodes(tmp_path, *FOLDER, *options, "--data", "data", "--run-dir", "run")
+    assert [process.exitcode for process in ended.processes] == [2, 2] and ended.err.count("\n") == 1
+    assert words in ended.err and socket.gethostname() in ended.err and not (tmp_path / "0" / "run").exists()
+
+
+def test_labels_of_another_order_are_other_data():
+    class Ranks(common.ranks.Ranks):
+        def from_first(self, found):
+            return rank_0[type(found)]
+
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (20,), generator=g)
+    data = common.data.Data(None, labels, ["a", "b", "c"])
+    names = [f"image {row} of the class {'abc'[label]}" for row, label in enumerate(labels.tolist())]
+    rank_0 = {list: sorted([*names, *(f"the class {name}" for name in "abc")])}
+    rank_0[bytes] = hashlib.sha256("\0".join(rank_0[list]).encode()).digest()
+    common.data.require_same_on_every_rank(data, "here", Ranks())
+    with pytest.raises(common.cli.Refused, match="it lacks image"):
+        common.data.require_same_on_every_rank(data._replace(labels=labels.roll(1)), "here", Ranks())
+
+
+# ---------------------------------------------------------------- one command starts, goes on, and is done
+
+
+def test_one_command_starts_a_run_goes_on_with_it_and_is_done(tmp_path, capsys):
+    command = [*SMALL, "--resume", "auto", "--run-dir", tmp_path / "run"]
+    train(*SMALL, "--run-dir", tmp_path / "whole")
+    stopped = start("pretrain", *command, "--log-every", "1")
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert stopped.running() and not time.sleep(0.005)
+    stopped.kill()
+    train(*command)
+    assert same_bits(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
+    files = files_in(tmp_path / "run")
+    capsys.readouterr()
+    train(*command)
+    assert "is finished: python linear_probe.py" in capsys.readouterr().out and files_in(tmp_path / "run") == files
+
+
+def test_auto_extends_a_run_and_takes_no_run_of_other_options(trained, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    auto = ["--resume", "auto", "--run-dir", run]
+    for more, name in (["--lr", "0.3"], "--lr"), (["--loss", "simclr"], "--loss"), (["--seed", "1"], "--seed"):
+        assert name in refusal(pretrain, [*SMALL, *auto, *more], monkeypatch, capsys)
+    assert "--limit" in refusal(pretrain, [*SMALL[:4], *SMALL[6:], *auto], monkeypatch, capsys)  # which is left out
+    train(*SMALL, *auto, "--epochs", "5")  # though the warm-up of a new run of 5 epochs would be longer
+    assert log_of(run)[-1]["epoch"] == 5
+    train(*SMALL, *auto)  # of 4 epochs
+    assert log_of(run)[-1]["epoch"] == 5
+
+
+def ranks_of(launcher):
+    """The process ids of the ranks that a torchrun has running."""
+    try:
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    except OSError:  # one has ended meanwhile
+        return []
+
+
+def wait_until(happened):
+    end = time.monotonic() + 90
+    while not happened():
+        assert time.monotonic() < end and not time.sleep(0.01)
+
+
+def kill_a_rank_again_and_again(folder, kills, seed, epochs):
+    """torchrun starts the ranks again each time. The run must end with the bits and the log of an unbroken one."""
+    chance = random.Random(seed)
+    command = [*SMALL, "--epochs", epochs, "--save-minutes", "0", "--run-dir"]
+    assert start("pretrain", *command, folder / "whole", ranks=2).wait().status == 0
+    launcher = torchrun(f"--max-restarts={kills}", "pretrain.py", *command, folder / "run", "--resume", "auto")
+    for _ in range(kills):
+        wait_until(lambda: len(ranks_of(launcher)) == 2)
+        time.sleep(chance.uniform(0, 8))  # importing, meeting, loading, training, saving
+        before = ranks_of(launcher)
+        os.kill(chance.choice(before), signal.SIGKILL)
+        wait_until(lambda: not set(before) & set(ranks_of(launcher)))
+    _, err = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, err
+    assert same_bits(state_of(folder / "run"), state_of(folder / "whole"))
+    assert log_of(folder / "run") == log_of(folder / "whole")
+
+
+def test_a_rank_that_is_killed_is_started_again_and_the_run_goes_on(tmp_path):
+    kill_a_rank_again_and_again(tmp_path, kills=1, seed=0, epochs=50)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_ranks_that_are_killed_three_times_end_with_the_bits_of_an_unbroken_run(seed, tmp_path):
+    kill_a_rank_again_and_again(tmp_path, kills=3, seed=seed, epochs=80)
+
+
+# ---------------------------------------------------------------- the ranks meet, or say why not
+
+
+def meet_within(seconds, patience, *arguments):
+    common.ranks.MEETING_TIME, common.ranks.PATIENCE = seconds, patience
+    run_script("pretrain", *arguments)
+
+
+def test_a_rank_that_never_comes_is_said_and_ends_the_others_in_time(tmp_path):
+    came = Launch(meet_within, (4, 1, *SMALL, "--run-dir", str(tmp_path / "run")), ranks=3, absent=1)
+    came.wait(timeout=40)
+    assert [process.exitcode for process in came.processes] == [2, 2]
+    assert "waiting for 1 of 3 ranks" in came.err and "the ranks have not met within 4 s" in came.err
+    assert "Traceback" not in came.err and not (tmp_path / "run").exists()
+
+
+def on_a_device_of_its_own(*arguments):
+    """In a rank: the device of rank 1 is not there."""
+    if os.environ["RANK"] == "1":
+        pretrain.choose_device = lambda name: common.ranks.choose_device("toaster")
+    run_script("pretrain", *arguments)
+
+
+def test_a_device_that_one_rank_lacks_ends_every_rank_in_one_line(tmp_path):
+    ended = Launch(on_a_device_of_its_own, (*SMALL, "--run-dir", str(tmp_path / "run")), ranks=2).wait(timeout=60)
+    assert [process.exitcode for process in ended.processes] == [2, 2]
+    assert ended.err.count("\n") == 1 and "--device toaster cannot be used here" in ended.err
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def test_every_run_of_a_sweep_is_shown_with_what_differs(trained, tmp_path):
+    for name in ("probed", "running", "begun"):
+        shutil.copytree(trained, tmp_path / name)
+    train(*SMALL, "--lr", "0.3", "--epochs", "1", "--run-dir", tmp_path / "other rate")
+    (tmp_path / "begun" / "log.jsonl").unlink()
+    log = tmp_path / "running" / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 17, "mean_lo')
+    (tmp_path / "probed" / "probe.json").write_text('{"top1": 55.5}')
+    (tmp_path / "no run").mkdir()
+    words = [str(folder) for folder in sorted(tmp_path.iterdir())]
+    shown = CliRunner().invoke(results_table.main, [*words, "--csv"], catch_exceptions=False).output
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(shown))}
+    assert set(rows) == {"probed", "running", "begun", "other rate"}
+    whole = {"run", "epochs", "lr", "warmup", "warmup_from", "epoch", "last loss", "k-NN %", "probe top-1 %"}
+    assert {"run", "epochs", "lr"} < set(rows["begun"]) <= whole
+    assert rows["other rate"]["lr"] == "0.3" and rows["probed"]["probe top-1 %"] == "55.5"
+    loss = log_of(tmp_path / "other rate")[-1]["mean_loss"]
+    assert float(rows["other rate"]["last loss"]) == pytest.approx(loss, rel=1e-4)
+    assert rows["begun"]["epoch"] == "0 of 4" and rows["running"]["epoch"] == "4 of 4"
+    table = CliRunner().invoke(results_table.main, words, catch_exceptions=False).output.splitlines()
+    assert len(table) == 6 and table[0].startswith("| run | epochs | lr")
+
+
+def test_runs_without_a_test_set_are_shown(tmp_path):
+    folder_of(tmp_path / "data", ["train"], ["a", "b"])
+    train(*FOLDER, "--data", tmp_path / "data", "--run-dir", tmp_path / "run")
+    shown = CliRunner().invoke(results_table.main, [str(tmp_path / "run")], catch_exceptions=False)
+    assert shown.exit_code == 0 and "| run | 1 of 1 |" in shown.output
+
+
+def test_weights_are_kept_over_the_epochs_and_probed_beside_one_another(tmp_path):
+    run = tmp_path / "run"
+    train(*SMALL, "--keep-every", "2", "--queue", "60", "--run-dir", run)
+    kept = {path.name: load_checkpoint(path) for path in run.glob("epoch-*.pt")}
+    assert {name: contents["step"] for name, contents in kept.items()} == {"epoch-0002.pt": 8, "epoch-0004.pt": 16}
+    last = load_checkpoint(run / "ckpt.pt")
+    assert same_bits(kept["epoch-0004.pt"]["encoder"], last["encoder"])
+    assert not kept["epoch-0004.pt"]["optimizer"] and "queue" not in kept["epoch-0004.pt"]
+    assert (run / "epoch-0004.pt").stat().st_size < 0.6 * (run / "ckpt.pt").stat().st_size
+    result = probe(run / "epoch-0002.pt", "--limit", "100")
+    assert result["step"] == 8 and (run / "probe-epoch-0002-first100.json").exists()
+    contents = torch.load(run / "classifier-epoch-0002-first100.pt", weights_only=True)
+    assert contents["step"] == 8 and same_bits(dict(contents["encoder"]), dict(kept["epoch-0002.pt"]["encoder"]))
+
+
+def test_of_the_ranks_of_a_probe_one_works(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    ended = start("linear_probe", tmp_path / "run", "--limit", "100", ranks=2).wait()
+    assert ended.status == 0 and ended.out.count("top-1") == 1
+    assert json.loads((tmp_path / "run" / "probe-first100.json").read_text())["step"] == 16
+    tested = start("robustness", tmp_path / "run" / "classifier-first100.pt", "--limit", "5", ranks=2).wait()
+    assert tested.status == 0 and tested.out.count("severity") == 1
