@@ -5,6 +5,7 @@ other options, and refuses what contradicts itself. `fit_to_data` does the same 
 """
 
 import dataclasses
+import difflib
 import math
 import os
 import re
@@ -17,7 +18,8 @@ from click.core import ParameterSource
 from common.cli import Refused, say
 from common.data import DATASETS, STREAMS
 from common.images import SMALL
-from common.models import ARCHS
+from common.initial import refuse_without_weights
+from common.models import ARCHS, has_stem
 from common.objectives import OBJECTIVES, is_masked
 from common.presets import PRESETS, describe
 from common.run_folder import newest_checkpoint
@@ -49,6 +51,19 @@ class Widths(click.ParamType):
     def convert(self, value, param, ctx):
         good = re.fullmatch(r"((r|[1-9]\d{0,6})-){0,3}[1-9]\d{0,6}", value)
         return value if good else self.fail(f"{value!r} is not of the form 128, r-128 or 2048-128.", param, ctx)
+
+
+class Arch(click.ParamType):
+    """The name of an encoder."""
+
+    name = "name"
+
+    def convert(self, value, param, ctx):
+        if value in ARCHS:
+            return value
+        near = ", ".join(difflib.get_close_matches(value, ARCHS)) or "resnet50, convnext_tiny, vit_b_16"
+        self.fail(f"{value!r} is no encoder: name small, resnet200 or a classification model of torchvision.models, "
+                  f"such as {near}.", param, ctx)
 
 
 LARGEST = 2**31 - 1
@@ -129,11 +144,18 @@ class Config:
     momentum_encoder: float = option(0.999, Finite(0, 1), "Momentum of the encoder that fills the queue.")
 
     # Encoder
-    arch: str = option(None, one_of(ARCHS), "Encoder; small has 0.34 M weights.", "small for shapes, else resnet50")
+    arch: str = option(None, Arch(),
+                        "Encoder: small (0.34 M weights), resnet200, or any classification model of torchvision.",
+                        "small for shapes, else resnet50")
     stem: str = option(None, one_of(["3x3", "7x7"]), "First layers of a ResNet.", "3x3 up to 64 pixels, else 7x7")
     normalize_encoder: bool = option(False, bool,
                         "Bring r to norm 1 before the heads, as in the paper's text and its ImageNet code.")
     projection: str = option("r-128", Widths(), "Widths of the projection head's layers; r is the encoder's width.")
+    init: str = option(None, str,
+                        "Weights that the encoder starts from: a run, a state dict of torchvision's model of that "
+                        "name, or the word torchvision for the published ones.", "random")
+    freeze_epochs: int = option(0, click.IntRange(0, LARGEST),
+                        "Epochs in which the heads train alone, before the encoder of --init joins them.")
 
     # Optimiser
     batch: int = option(None, click.IntRange(2, LARGEST), "Images in a step, over all ranks.",
@@ -227,6 +249,8 @@ def read(context, resume, options):
         idle = given & set(names)
         require(not idle or has_meaning(config),
             f"{flags(context, idle)} has a meaning for {where} alone: leave it out")
+    if config.init is not None:
+        refuse_without_weights(config.init, config.arch)
     return config, None
 
 
@@ -244,7 +268,8 @@ MEANT_FOR = [  # (options, whether they have a meaning in a config, where they h
     (["crop_min"], lambda c: c.augment != "none", "views that are cropped"),
     (["label_noise"], lambda c: OBJECTIVES[c.loss].labels or c.ce_weight, "losses that read labels"),
     (["sync_bn"], lambda c: not c.sync_bn or several_gpus(), "several GPUs"),
-    (["stem"], lambda c: c.arch != "small", "the ResNets"),
+    (["stem"], lambda c: has_stem(c.arch), "the ResNets"),
+    (["freeze_epochs"], lambda c: c.init, "--init"),
 ]
 
 
@@ -343,6 +368,8 @@ def complete(config, world):
     fill_in_defaults(config)
     loss, objective = config.loss, OBJECTIVES[config.loss]
     require(config.warmup < config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}")
+    require(config.freeze_epochs <= config.epochs,
+            f"--freeze-epochs {config.freeze_epochs} is more than --epochs {config.epochs}: lower it")
     require(not config.stream or config.dataset == "folder", "--stream reads --dataset folder: leave it out")
     require(objective.tau or not config.tau, f"--tau has no meaning for --loss {loss}: leave it out")
     require(not config.nesterov or config.momentum, "--nesterov needs a --momentum above 0")
@@ -389,7 +416,9 @@ def complete(config, world):
 def fit_to_data(config, data, resumed=None):
     """Fills in what depends on the data, and refuses data that do not fit the options or the run that is resumed."""
     n, size, classes = len(data.labels), data.images.shape[-1], len(data.classes)
-    fill_in(config, size=size, stem="3x3" if size <= SMALL else "7x7", num_classes=classes)
+    fill_in(config, size=size, num_classes=classes)
+    if has_stem(config.arch):
+        fill_in(config, stem="3x3" if size <= SMALL else "7x7")
     objective = OBJECTIVES[config.loss]
     reads_labels = objective.labels or config.ce_weight
     require(n >= config.batch, f"--batch {config.batch} is larger than the {n} training images: lower --batch")

@@ -51,7 +51,7 @@ def frozen_from(contents, path, device, unit=False):
     try:
         encoder, _ = build_encoder(config["arch"], config["stem"])
         frozen = Frozen(encoder, contents["mean"], contents["std"], config, device, unit)
-    except (KeyError, AttributeError, RuntimeError) as e:
+    except (KeyError, AttributeError, ValueError, RuntimeError) as e:
         raise Refused(f"{path} names no encoder that pretrain.py builds: "
                       "it is damaged or changed by hand, name another") from e
     load_state(encoder, contents["encoder"], path)

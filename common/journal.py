@@ -31,9 +31,10 @@ def open_journal(run, data, test, ranks, resumed):
 def announce(run, data, test, world):
     config, size = run.config, data.images.shape[-1]
     weights = sum(p.numel() for p in run.model.encoder.parameters()) / 1e6
+    stem = f"{config.stem} stem, " if config.stem else ""
     precision = "bfloat16 autocast" if run.autocast else "no autocast"
     say(f"{config.dataset}: {len(data.labels)} images of {size} x {size}, {len(data.classes)} classes; {config.arch}, "
-        f"{config.stem} stem, {weights:.2f} M weights, {config.device} x {world}, {precision}")
+        f"{stem}{weights:.2f} M weights, {config.device} x {world}, {precision}")
     tau = "" if config.tau is None else f", tau {config.tau}, loss scale {config.loss_scale:.4f}"
     say(f"{config.loss}{tau}; batch {config.batch} x {config.views} views, {config.epochs} epochs, lr {config.lr:.4g} "
         f"after {config.warmup:g} epochs of warm-up; {config.run}")

@@ -282,7 +282,11 @@ class Batch:
         return Batch(self.config, pixels, self.labels[rows], self.index[rows], draws, self.key, self.mean, self.std)
 
     def views(self):
-        """(x, y): the views (V m, 3, H, H), view by view, and their labels (V m,), or (V m, C) of mixed images."""
+        """(x, y): the views (V m, 3, H, H), view by view, and their labels (V m,), or (V m, C) of mixed images.
+
+        What the layers of an encoder draw next, by dropout and the like, belongs to this part of this step.
+        """
+        self.seed_layers()
         device = self.mean.device
         sources = zip(self.pixels, self.draws)
         made = [make_view(pixels, draw.to(device), self.mean, self.std) for pixels, draw in sources]
@@ -290,6 +294,10 @@ class Batch:
         if self.config.mix:
             made, labels = zip(*(self.mixed(view, v) for v, view in enumerate(made)))
         return torch.cat(made).contiguous(memory_format=torch.channels_last), torch.cat(labels)
+
+    def seed_layers(self):
+        """So two passes over a part drop the same, and so does a run that goes on."""
+        torch.manual_seed(generator("layers", *self.key, int(self.index[0])).initial_seed())
 
     def mixed(self, view, v):
         seed, *step = self.key
