@@ -20,7 +20,7 @@ from common.data import DATASETS, STREAMS
 from common.images import SMALL
 from common.initial import refuse_without_weights
 from common.models import ARCHS, has_stem
-from common.objectives import OBJECTIVES, is_masked
+from common.objectives import OBJECTIVES
 from common.presets import PRESETS, describe
 from common.run_folder import newest_checkpoint
 from common.views import AUGMENTATIONS
@@ -393,8 +393,9 @@ def complete(config, world):
         f"--mix has no meaning for --loss {loss}, whose labels are not shared: leave it out")
     require(not config.mix or not config.queue, "--mix gives soft labels and --queue keeps hard ones: leave one out")
 
-    require(not is_masked(config) or not (config.queue or config.mix),
-            "--denominator and --positives-cap go with hard labels of one batch: leave --queue and --mix out")
+    require(config.denominator == "all" or not config.mix, "--denominator goes with hard labels: leave --mix out")
+    require(config.positives_cap is None or not (config.queue or config.mix),
+            "--positives-cap goes with hard labels of one batch: leave --queue and --mix out")
     require((config.positives_cap or 0) % config.views == 0,
             f"--positives-cap {config.positives_cap} is not a multiple of --views {config.views}: choose one that is")
 
