@@ -32,8 +32,9 @@ from common.data import DATASETS, STREAMS, Data, Missing, all_but, generator, lo
 from common.data import with_classes_of
 from common.figures import draw_probe, pyplot
 from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, load_encoder, write_classifier
-from common.frozen import write_json
-from common.metrics import best_temperature, confusion, knn_top1, per_class, reliability, topk, worst_confusions
+from common.frozen import checkpoint_of, refuse_features_file, save_features, write_json
+from common.metrics import best_temperature, confusion, knn_top1, per_class, reliability, retrieval, topk
+from common.metrics import worst_confusions
 from common.models import build_encoder
 from common.optim import learning_rate, logistic_regression, make_optimizer
 from common.presets import PRESETS, as_option
@@ -210,7 +211,7 @@ class Features(NamedTuple):
 
 def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe, l2_normalize, seed, device):
     """The Job that the options describe. Raises Refused for what cannot be probed."""
-    checkpoint = checkpoint / "ckpt.pt" if checkpoint.is_dir() else checkpoint
+    checkpoint = checkpoint_of(checkpoint)
     frozen = load_encoder(checkpoint, device, l2_normalize)
     if not os.access(checkpoint.parent, os.W_OK):
         raise Refused(f"{checkpoint.parent} cannot be written: copy the checkpoint to a folder that can")
@@ -307,6 +308,7 @@ def measure(job, found, features, seed):
         "temperature": found.temperature,
         "reliability": table,
         "knn_top1": knn_top1(r_train, y_train, r_test, y_test),
+        **retrieval(r_test, y_test),
         **geometry(job.frozen, job.test, seed),
         "lr": found.cell[0],
         "weight_decay": found.cell[1],
@@ -400,20 +402,26 @@ def complete_fit(recipe, options, given):
 @click.option("--baselines", "with_baselines", is_flag=True, help="Also probe raw pixels and an untrained encoder.")
 @click.option("--figure", is_flag=True,
               help="Draw reliability, confusions and a 2-D projection as PNG (needs matplotlib).")
+@click.option("--save-features", "save_features_to", type=click.Path(path_type=Path), metavar="FILE.npz",
+              help="Also write features, z, labels, class names and paths of both sets.")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
 @click.pass_context
 def main(context, checkpoint, recipe, dataset, data, download, limit, subset, validate, workers, augment, l2_normalize,
-         with_baselines, figure, device, **options):
+         with_baselines, figure, save_features_to, device, **options):
     """Fit a linear classifier to the frozen features of CHECKPOINT, a ckpt.pt or its folder, and test it."""
     given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
     fit, cells = complete_fit(recipe, options, given)
     if figure:
         pyplot()  # said now, not after the fit
+    if save_features_to:
+        refuse_features_file(save_features_to, l2_normalize)
     device = choose_device(device)
     job = prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe, l2_normalize, fit.seed, device)
     folder = job.checkpoint.parent
     before = fingerprint(job.frozen)
     features, start = extract_both(job, workers), time.perf_counter()
+    if save_features_to:
+        save_features(save_features_to, job.checkpoint, job.train, job.test, features.r_train, features.r_test)
     found = fit_classifier(job, features, cells, fit, augment, workers)
     if fingerprint(job.frozen) != before:
         raise RuntimeError("the encoder changed while it was probed")

@@ -29,6 +29,7 @@ class Data(NamedTuple):
     labels: torch.Tensor  # (n,) int64
     classes: list  # names; none where a folder's images lie without class folders
     files: list | None = None  # the path of every image of a streamed folder
+    paths: list | None = None  # the path of every image of a folder, streamed or not
 
 
 SAMPLE = 10_000  # images that mean and standard deviation are measured on
@@ -148,13 +149,14 @@ def load_folder(root, train, size, limit=None, stream=False):
     with ThreadPoolExecutor() as pool:
         for row, image in enumerate(pool.map(load, files[:n])):
             images[row] = image
-    return Data(images, torch.tensor(labels), folder.classes, files if stream else None)
+    return Data(images, torch.tensor(labels), folder.classes, files if stream else None, files)
 
 
 def take(data, rows):
     """The images at `rows`, which must be in ascending order, so that a streamed folder's sample stays in front."""
-    files = None if data.files is None else [data.files[row] for row in rows.tolist()]
-    return data._replace(images=data.images[rows[rows < len(data.images)]], labels=data.labels[rows], files=files)
+    files, paths = (names and [names[row] for row in rows.tolist()] for names in (data.files, data.paths))
+    images, labels = data.images[rows[rows < len(data.images)]], data.labels[rows]
+    return data._replace(images=images, labels=labels, files=files, paths=paths)
 
 
 def stratified(labels, fraction, g):

@@ -412,6 +412,9 @@ SITUATIONS = [
     probe_with("--device", "toaster"),
     probe_with("--fraction", "0.5"),
     probe_with("--subset", "0"),
+    probe_with("--save-features", "features.csv"),
+    probe_with("--save-features", "nowhere/features.npz"),
+    probe_with("--save-features", "features.npz", "--l2-normalize"),
 ]
 
 

@@ -56,6 +56,8 @@ def values(option, here):
             )
             | ODD
         )
+    if option.name == "save_features_to":
+        return st.sampled_from([str(here / name) for name in ("r.npz", "r.csv", "nowhere/r.npz", "data")]) | ODD
     if option.name in SHORT:
         return SHORT[option.name]
     if isinstance(option.type, click.Choice):
