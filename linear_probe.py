@@ -228,9 +228,10 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
         validate and "validation",
         recipe,
     )
-    frozen.config = frozen.config | {"data": data, "normalize_encoder": frozen.unit}
+    table = None if elsewhere or dataset != own_dataset else frozen.config.get("labels")
+    frozen.config = frozen.config | {"data": data, "labels": table, "normalize_encoder": frozen.unit}
     stream = dataset == "folder" and frozen.config.get("stream", False)
-    source = {"size": frozen.size, "download": download, "stream": stream}
+    source = {"size": frozen.size, "download": download, "stream": stream, "table": table}
     if validate:
         train, test, tested_on = seen_and_left_out(frozen.config, source)
     else:
@@ -413,8 +414,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     fit, cells = complete_fit(recipe, options, given)
     if figure:
         pyplot()  # said now, not after the fit
-    if save_features_to:
-        refuse_features_file(save_features_to, l2_normalize)
+    refuse_features_file(save_features_to, l2_normalize)
     device = choose_device(device)
     job = prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe, l2_normalize, fit.seed, device)
     folder = job.checkpoint.parent

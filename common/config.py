@@ -94,6 +94,9 @@ class Config:
                         "A published setting, number by number; other options override it. list prints them all.")
     dataset: str = option("shapes", one_of(DATASETS), "shapes is generated; folder reads DATA/train/CLASS/*.jpg.")
     data: str = option("data", str, "Folder of the data sets.")
+    labels: str = option(None, str,
+                        "CSV file of path, label and, if you like, split (train, test, val), for images of DATA that "
+                        "do not lie in class folders.", "the folders' names")
     download: bool = option(True, bool, "Fetch what is missing.")
     size: int = option(None, click.IntRange(8, 8192), "Side of an image in pixels.",
                         "the data set's own; 32 for folder and shapes")
@@ -263,6 +266,7 @@ MEANT_FOR = [  # (options, whether they have a meaning in a config, where they h
     (["loss_scale", "projection"], lambda c: OBJECTIVES[c.loss].contrast, "a contrastive --loss"),
     (["denominator", "positives_cap"], lambda c: c.loss in ("supcon", "supcon-in"), "--loss supcon and supcon-in"),
     (["momentum_encoder"], lambda c: c.queue, "--queue"),
+    (["labels"], lambda c: c.dataset == "folder", "--dataset folder"),
     (["mix_alpha"], lambda c: c.mix, "--mix"),
     (["jitter"], lambda c: c.augment in ("sim", "stacked-rand"), "--augment sim and stacked-rand"),
     (["crop_min"], lambda c: c.augment != "none", "views that are cropped"),
@@ -305,7 +309,7 @@ def refuse_two_rates(given):
     require(not {"lr", "lr_per_256"} <= given, "--lr and --lr-per-256 both set the learning rate: leave one out")
 
 
-MAY_CHANGE = {"epochs", "data", "download", "device", "log_every", "save_minutes", "micro_batch", "compile",
+MAY_CHANGE = {"epochs", "data", "labels", "download", "device", "log_every", "save_minutes", "micro_batch", "compile",
         "workers"}  # on --resume
 
 

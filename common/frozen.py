@@ -129,7 +129,12 @@ def extract(frozen, data, key=None, batch=500, workers=2):
 
 
 def refuse_features_file(path, l2_normalize):
-    """Raises Refused, before any long work, where save_features could not write, or would write another r and z."""
+    """Raises Refused, before any long work, where save_features could not write, or would write another r and z.
+
+    path: None where nothing is to be written.
+    """
+    if path is None:
+        return
     folder = path.absolute().parent
     if path.suffix != ".npz" or not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise Refused(f"--save-features {path} must be FILE.npz in a folder that can be written: name another")

@@ -132,6 +132,8 @@ BAD = [
     (["--positives-cap", "2", "--mix", "mixup"], "leave --queue and --mix out"),
     (["--positives-cap", "3"], "--positives-cap 3 is not a multiple of --views 2"),
     (["--mix", "mixup", "--loss", "simclr"], "--mix has no meaning for --loss simclr"),
+    (["--labels", "labels.csv"], "--labels has a meaning for --dataset folder alone"),
+    (["--labels", "nowhere.csv", "--dataset", "folder"], "--labels nowhere.csv cannot be read (No such file"),
     (["--mix-alpha", "2"], "--mix-alpha has a meaning for --mix alone"),
     (["--momentum-encoder", "0.9"], "--momentum-encoder has a meaning for --queue alone"),
     (["--label-smoothing", "0.1"], "--label-smoothing is cross-entropy's"),

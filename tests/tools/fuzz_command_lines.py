@@ -46,7 +46,7 @@ SHORT = {  # what a legal value may cost must stay small: seconds, megabytes
 
 
 def values(option, here):
-    if option.name in ("data", "run", "resume", "corrupted", "baseline", "init"):
+    if option.name in ("data", "run", "resume", "corrupted", "baseline", "init", "labels"):
         return (
             st.sampled_from(
                 [

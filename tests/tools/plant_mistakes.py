@@ -387,6 +387,13 @@ MISTAKES = {
         ("the losses before a break are forgotten",
          'Losses(resumed.get("losses_of_epoch", ()) if resumed else ())', "Losses(())", "log"),
     ],
+    "common/labels.py": [
+        ("val is mixed into the test set", "if split == wanted]", "if split in SPLITS[train]]", "label_files"),
+        ("a path twice counts twice", "if path in first:", "if False:", "label_files"),
+        ("paths are compared as they are written", "os.path.normpath(cells[0])", "cells[0]", "label_files"),
+        ("the mark of UTF-8 belongs to the first name", '"utf-8-sig"', '"utf-8"', "label_files"),
+        ("any split is one", "if split not in SPLITS[True] + SPLITS[False]:", "if False:", "label_files"),
+    ],
     "common/metrics.py": [
         ("bins [a, b)",
          "(confidence * bins).ceil().long().clamp(1, bins) - 1",
