@@ -19,6 +19,7 @@ from common.cli import Refused, say
 from common.data import DATASETS, STREAMS
 from common.images import SMALL
 from common.initial import refuse_without_weights
+from common.journal import summary_writer
 from common.models import ARCHS, has_stem
 from common.objectives import OBJECTIVES
 from common.presets import PRESETS, describe
@@ -190,6 +191,7 @@ class Config:
     compile: bool = option(False, bool, "torch.compile the encoder.")
     save_minutes: float = option(10.0, NOT_NEGATIVE, "Save a checkpoint at least this often, and after every epoch.")
     log_every: int = option(10, COUNT, "Steps between two entries of the log.")
+    tensorboard: bool = option(False, bool, "Write the entries for TensorBoard, too (pip install tensorboard).")
 
     # Known once the run is there
     streams: int = None  # how its random streams are made; None up to version 0.3
@@ -309,8 +311,8 @@ def refuse_two_rates(given):
     require(not {"lr", "lr_per_256"} <= given, "--lr and --lr-per-256 both set the learning rate: leave one out")
 
 
-MAY_CHANGE = {"epochs", "data", "labels", "download", "device", "log_every", "save_minutes", "micro_batch", "compile",
-        "workers"}  # on --resume
+MAY_CHANGE = {"epochs", "data", "labels", "download", "device", "log_every", "tensorboard", "save_minutes",
+        "micro_batch", "compile", "workers"}  # on --resume
 
 
 def read_resumed(context, run, options, given):
@@ -371,6 +373,8 @@ def complete(config, world):
     """Fills in the defaults, and refuses what cannot work on `world` ranks, whatever the data."""
     fill_in_defaults(config)
     loss, objective = config.loss, OBJECTIVES[config.loss]
+    if config.tensorboard:
+        summary_writer()  # whose package may be lacking
     require(config.warmup < config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}")
     require(config.freeze_epochs <= config.epochs,
             f"--freeze-epochs {config.freeze_epochs} is more than --epochs {config.epochs}: lower it")

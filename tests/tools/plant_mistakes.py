@@ -378,6 +378,7 @@ MISTAKES = {
          "self.clock = self.saved_at = time.perf_counter()\n"
          "\n"
          "    def close", "self.clock = time.perf_counter()\n\n    def close", "log"),
+        ("TensorBoard shows what a break undid", "purge_step=run.step + 1", "purge_step=None", "progress"),
         ("steps counted as epochs from 0",
          "math.ceil(run.step / run.steps_per_epoch)", "run.step // run.steps_per_epoch", "log"),
         ("images a second of all steps", "/ (self.seconds - self.seconds_before)", "/ self.seconds", "log"),
@@ -406,8 +407,8 @@ MISTAKES = {
         ("accuracy of a class over what is taken for it",
          "(100 * table.diagonal() / images.clamp(min=1))",
          "(100 * table.diagonal() / table.sum(0).clamp(min=1))", "metrics"),
-        ("retrieval: a row finds itself", "        s[torch.arange(len(rows), device=s.device), rows] = -torch.inf\n", "",
-         "metrics"),
+        ("retrieval: a row finds itself",
+         "        s[torch.arange(len(rows), device=s.device), rows] = -torch.inf\n", "", "metrics"),
         ("retrieval: precision beyond the R nearest", " & (rank <= R[rows, None])", "", "metrics"),
         ("retrieval: precision of what is wrong too", "(hits * precision).sum(1)", "precision.sum(1)", "metrics"),
         ("retrieval: raw rows", "z, R = F.normalize(features),", "z, R = features,", "metrics"),
@@ -682,6 +683,9 @@ MISTAKES = {
          "return losses.all_gather_rows(rows)", "runs"),
     ],
     "common/cli.py": [
+        ("words are glued to the terminal's line", "    if is_first():\n        clear_line()\n        write(words, ",
+         "    if is_first():\n        write(words, ", "progress"),
+        ("a shorter line leaves the end of a longer one", '" " * len(standing) + "\\r"', '"\\r"', "progress"),
         ("what a user can put right ends with status 1", "    sys.exit(2)\n", "    sys.exit(1)\n", "bad_input"),
     ],
 }
