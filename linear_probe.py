@@ -10,10 +10,7 @@ images for each of some weight decays. The one that is best on the other tenth i
 meets the test images once. The papers' probes are trained by SGD instead, as --recipe, --augment or any option of SGD
 asks: the grid is then one of learning rates and weight decays, fitted together as one linear layer. Beside the
 checkpoint this leaves probe.json and classifier.pt; another data set, a subset, a limit or a recipe is part of their
-names, and so is the epoch of an epoch-0003.pt. load_classifier, in common/frozen.py, makes one module of a
-classifier.pt. The encoder alone, with torchvision's names, is one entry of either file:
-
-    torch.save(torch.load("runs/NAME/ckpt.pt", weights_only=True)["encoder"], "encoder.pt")
+names, and so is the epoch of an epoch-0003.pt. docs/weights.md says how to use these files elsewhere.
 """
 
 import os
@@ -35,8 +32,9 @@ from common.data import DATASETS, STREAMS, Data, Missing, all_but, generator, lo
 from common.data import with_classes_of
 from common.figures import draw_probe, pyplot
 from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, load_encoder, write_classifier
-from common.frozen import write_json
-from common.metrics import best_temperature, confusion, knn_top1, per_class, reliability, topk, worst_confusions
+from common.frozen import checkpoint_of, refuse_features_file, save_features, write_json
+from common.metrics import best_temperature, confusion, knn_top1, per_class, reliability, retrieval, topk
+from common.metrics import worst_confusions
 from common.models import build_encoder
 from common.optim import learning_rate, logistic_regression, make_optimizer
 from common.presets import PRESETS, as_option
@@ -213,7 +211,7 @@ class Features(NamedTuple):
 
 def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe, l2_normalize, seed, device):
     """The Job that the options describe. Raises Refused for what cannot be probed."""
-    checkpoint = checkpoint / "ckpt.pt" if checkpoint.is_dir() else checkpoint
+    checkpoint = checkpoint_of(checkpoint)
     frozen = load_encoder(checkpoint, device, l2_normalize)
     if not os.access(checkpoint.parent, os.W_OK):
         raise Refused(f"{checkpoint.parent} cannot be written: copy the checkpoint to a folder that can")
@@ -231,9 +229,10 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
         validate and "validation",
         recipe,
     )
-    frozen.config = frozen.config | {"data": data, "normalize_encoder": frozen.unit}
+    table = None if elsewhere or dataset != own_dataset else frozen.config.get("labels")
+    frozen.config = frozen.config | {"data": data, "labels": table, "normalize_encoder": frozen.unit}
     stream = dataset == "folder" and frozen.config.get("stream", False)
-    source = {"size": frozen.size, "download": download, "stream": stream}
+    source = {"size": frozen.size, "download": download, "stream": stream, "table": table}
     if validate:
         train, test, tested_on = seen_and_left_out(frozen.config, source)
     else:
@@ -263,8 +262,7 @@ def load_both(dataset, data, limit, source, seed):
 
 
 def require_two_classes(train, data):
-    require(train.classes,
-            f"--data {data} has images without class folders: a classifier wants DIR/train/CLASS/*.jpg")
+    require(train.classes, f"--data {data} has images without class folders: a classifier wants train/CLASS/*.jpg")
     require(len(train.classes) > 1, f"--data {data} has one class alone: a classifier needs two")
 
 
@@ -311,6 +309,7 @@ def measure(job, found, features, seed):
         "temperature": found.temperature,
         "reliability": table,
         "knn_top1": knn_top1(r_train, y_train, r_test, y_test),
+        **retrieval(r_test, y_test),
         **geometry(job.frozen, job.test, seed),
         "lr": found.cell[0],
         "weight_decay": found.cell[1],
@@ -404,10 +403,12 @@ def complete_fit(recipe, options, given):
 @click.option("--baselines", "with_baselines", is_flag=True, help="Also probe raw pixels and an untrained encoder.")
 @click.option("--figure", is_flag=True,
               help="Draw reliability, confusions and a 2-D projection as PNG (needs matplotlib).")
+@click.option("--save-features", "save_features_to", type=click.Path(path_type=Path), metavar="FILE.npz",
+              help="Also write features, z, labels, class names and paths of both sets.")
 @click.option("--device", show_default="cuda if there is one, else cpu", help="torch device.")
 @click.pass_context
 def main(context, checkpoint, recipe, dataset, data, download, limit, subset, validate, workers, augment, l2_normalize,
-         with_baselines, figure, device, **options):
+         with_baselines, figure, save_features_to, device, **options):
     """Fit a linear classifier to the frozen features of CHECKPOINT, a ckpt.pt or its folder, and test it."""
     if not is_first():
         return  # of the ranks of a torchrun one works
@@ -415,11 +416,14 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     fit, cells = complete_fit(recipe, options, given)
     if figure:
         pyplot()  # said now, not after the fit
+    refuse_features_file(save_features_to, l2_normalize)
     device = choose_device(device)
     job = prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe, l2_normalize, fit.seed, device)
     folder = job.checkpoint.parent
     before = fingerprint(job.frozen)
     features, start = extract_both(job, workers), time.perf_counter()
+    if save_features_to:
+        save_features(save_features_to, job.checkpoint, job.train, job.test, features.r_train, features.r_test)
     found = fit_classifier(job, features, cells, fit, augment, workers)
     if fingerprint(job.frozen) != before:
         raise RuntimeError("the encoder changed while it was probed")
@@ -434,9 +438,8 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     report(result, job.frozen.config["loss"])
     write_json(folder / f"probe{job.kind}.json", result)
     if figure:
-        table = confusion(found.classifier(features.r_test), features.y_test)
-        picture = folder / f"probe{job.kind}.png"
-        say(draw_probe(picture, result, table, features.r_test, features.y_test, job.test.classes))
+        r, y = features.r_test, features.y_test
+        say(draw_probe(folder / f"probe{job.kind}.png", result, confusion(found.classifier(r), y), r, y, job.test.classes))
     if with_baselines:
         result |= baselines(job.frozen, job.train, job.test, cells, fit)
         write_json(folder / f"probe{job.kind}.json", result)

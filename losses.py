@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 ABSENT = torch.finfo(torch.float32).min  # a score that weighs nothing beside others; 0 times -inf would be nan
+DENOMINATORS = "all", "one_positive", "negatives"  # what D_ip sums over, see supcon_out
 MATRIX = 512  # up to MATRIX x MATRIX scores are held as a matrix; for more, see the end of the file
 
 # ---------------------------------------------------------------- the supervised contrastive loss
@@ -72,13 +73,12 @@ def nt_xent(z: Tensor, tau: float | Tensor = 0.5, *, views: int = 2, reduction: 
 def _supcon(variant, z, y, tau, denominator, positives_cap, views):
     """(L_i of every row, whether it counts), each (N,)."""
     _check(z, y, soft=True)
-    _check_word("denominator", denominator, ("all", "one_positive", "negatives"))
-    if denominator == "all" and positives_cap is None:
-        return _from_rows(variant, z, y, tau)
-    _require(y.ndim == 1, "class probabilities y (N, C) go with denominator='all' and no positives_cap alone")
+    if positives_cap is None:
+        return _from_rows(variant, z, y, tau, denominator=denominator)
+    _check_word("denominator", denominator, DENOMINATORS)
+    _require(y.ndim == 1, "class probabilities y (N, C) go without positives_cap")
     p, n = _positives_negatives(z, y)
-    if positives_cap is not None:
-        p = _cap_positives(p, _image_index(z, views), positives_cap, views)
+    p = _cap_positives(p, _image_index(z, views), positives_cap, views)
     s = _scores(z, tau).masked_fill(~(p | n), ABSENT)
     return _from_scores(variant, s, p, denominator)
 
@@ -153,31 +153,34 @@ class SupConLoss(nn.Module):
         return factor * _reduce(loss, valid, "mean")
 
 def supcon_against(z: Tensor, y: Tensor, contrast: Tensor, y_contrast: Tensor, tau: float | Tensor = 0.1, *,
-                   own: int | None = None, variant: str = "out", reduction: str = "mean") -> Tensor:
+                   own: int | None = None, variant: str = "out", denominator: str = "all",
+                   reduction: str = "mean") -> Tensor:
     """L_out (or L_in, variant "in") of anchors against a contrast set of their own, a memory of rows for example.
 
     z (M, D) anchors with labels y (M,); contrast (N, D) rows with y_contrast (N,); or class probabilities on both
     sides. A(i) is the contrast set; where `own` is given its row own + i is anchor i itself and left out. Both
-    sides get gradients. Returns a scalar, or (M,) values.
+    sides get gradients. `denominator` as in supcon_out. Returns a scalar, or (M,) values.
     """
     _check(z, y, soft=True)
     _check_contrast(z, y, contrast, y_contrast)
     last = len(contrast) - len(z)
     fits = own is None or isinstance(own, int) and 0 <= own <= last
     _require(fits, "own must be a whole number in 0 ... {}, got {}", last, own)
-    return _reduce(*_from_rows(variant, z, y, tau, contrast, y_contrast, own), reduction)
+    return _reduce(*_from_rows(variant, z, y, tau, contrast, y_contrast, own, denominator), reduction)
 
-def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0):
+def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0, denominator="all"):
     """As _from_scores, for anchors a against b, or themselves without b. Row own + i of b, if own is given, is i."""
     _check_word("variant", variant, ("out", "in"))
+    _check_word("denominator", denominator, DENOMINATORS)
+    _require(denominator == "all" or y_a.ndim == 1, "class probabilities y (N, C) go with denominator='all' alone")
     a = _divide_by_root_tau(a, tau)
     b = None if b is None else _divide_by_root_tau(b, tau).to(a.dtype)
     y_b = y_a if b is None else y_b
     if y_a.ndim == 2:  # copied: a memory may move on before the backward
         y_a, y_b = (y.detach().to(a.dtype, copy=True) for y in (y_a, y_b))
-    if len(y_a) * len(y_b) > MATRIX**2:
+    if denominator == "all" and len(y_a) * len(y_b) > MATRIX**2:
         return _from_strips(variant, a, b, y_a, y_b, own)
-    return _from_scores(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0))
+    return _from_scores(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0), denominator)
 
 # ---------------------------------------------------------------- what came before: pairs, triplets, N-pairs
 
@@ -282,24 +285,24 @@ def tolerance(z: Tensor, y: Tensor) -> Tensor:
 # ---------------------------------------------------------------- across ranks
 
 def supcon_sharded(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, queue: tuple[Tensor, Tensor] | None = None,
-                   variant: str = "out") -> Tensor:
+                   variant: str = "out", denominator: str = "all") -> Tensor:
     """L_out or L_in of the rows of all ranks. Each rank gives its own (n_r, D) rows and labels, and scores only these
     against everybody's: the value is the global one on every rank, and after DistributedDataParallel's averaging so
     is the gradient, for unequal and empty shards too.
 
     queue (features, labels), the same on every rank, joins the contrast set. For NT-Xent let y number the images of
-    all ranks. Without a process group this is the loss of one process.
+    all ranks. `denominator` as in supcon_out. Without a process group this is the loss of one process.
     """
     _check(z, y, soft=True)
     if queue is None and _world_size() == 1:
-        return _reduce(*_from_rows(variant, z, y, tau), "mean")
+        return _reduce(*_from_rows(variant, z, y, tau, denominator=denominator), "mean")
     contrast, own = _gather(z)
     y_contrast, _ = _gather(y)
     if queue is not None:
         _check_contrast(z, y, *queue)
         contrast = torch.cat([contrast, queue[0]])
         y_contrast = torch.cat([y_contrast, queue[1]])
-    return global_mean(*_from_rows(variant, z, y, tau, contrast, y_contrast, own))
+    return global_mean(*_from_rows(variant, z, y, tau, contrast, y_contrast, own, denominator))
 
 def global_mean(values: Tensor, valid: Tensor) -> Tensor:
     """The mean over all ranks of the values (n_r,) that are valid, on every rank; 0 if none is.

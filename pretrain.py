@@ -33,6 +33,7 @@ import losses
 from common.cli import Refused, Stopped, run_command, say, signals_noted
 from common.config import GroupedCommand, complete, config_options, fit_to_data, read
 from common.data import load_on_every_rank, mean_and_std
+from common.initial import start_from
 from common.journal import open_journal
 from common.metrics import knn_top1
 from common.models import Queue, bfloat16_is_fast, build_model, features, still_statistics
@@ -90,6 +91,8 @@ def train_steps(run, data, test, ranks, journal, asked):
         if end:
             break
         asked.save = asked.save and not save
+        if config.freeze_epochs:
+            run.model.freeze(run.step < config.freeze_epochs * run.steps_per_epoch)
         lr = set_learning_rate(run.optimizer, learning_rate(config, run.step, run.steps_per_epoch))
         run.optimizer.zero_grad()
         loss, z = interruptible_step(run, batch, asked)
@@ -210,8 +213,13 @@ class Run:
         fast = config.precision == "bfloat16" or config.precision == "auto" and bfloat16_is_fast(ranks.device)
         self.autocast = torch.bfloat16 if fast else None
         dtype = torch.float64 if config.precision == "float64" else torch.float32
-        self.mean, self.std = (v.to(ranks.device, dtype) for v in mean_and_std(config.dataset, data.images))
-        model = build_model(config, self.autocast).to(ranks.device, dtype, memory_format=torch.channels_last)
+        model = build_model(config, self.autocast)
+        if config.init and resumed:
+            statistics = resumed["mean"], resumed["std"]
+        else:
+            statistics = start_from(model.encoder, config) if config.init else mean_and_std(config.dataset, data.images)
+        self.mean, self.std = (v.to(ranks.device, dtype) for v in statistics)
+        model.to(ranks.device, dtype, memory_format=torch.channels_last)
         if config.sync_bn and ranks.world > 1 and ranks.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model
@@ -227,7 +235,8 @@ class Run:
     def join(self, ranks):
         """From now on the ranks add up their gradients. They all have to call this."""
         if ranks.world > 1:
-            self.parallel = DistributedDataParallel(self.model)
+            frozen_first = self.config.freeze_epochs > 0  # then the encoder gets no gradient for a while
+            self.parallel = DistributedDataParallel(self.model, find_unused_parameters=frozen_first)
 
     @property
     def ends_epoch(self):
@@ -331,7 +340,7 @@ def main(context, resume, **options):
 
 
 def read_on_first(context, resume, options, ranks):
-    """(Config, contents of the checkpoint to go on from, or None) as rank 0 reads them, but each with its own device."""
+    """(Config, contents of the checkpoint to go on from, or None) as rank 0 reads them, each with its own device."""
     found = None
     with ranks.hold_refusals():
         if ranks.rank == 0:

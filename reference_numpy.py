@@ -72,10 +72,13 @@ def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
     return _reduce(z, _simple_contrastive(_rows(z), lam, _images(z, views), k), reduction)
 
 
-def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", reduction="mean"):
+def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", denominator="all",
+                   reduction="mean"):
     """supcon_out or supcon_in (variant "in") of anchors z against rows of their own: A(i) is all rows of contrast, less
-    row own + i, which is anchor i, where own is given; P(i) is those of A(i) with i's label; y both (., C) as above"""
-    return _reduce(z, _against(variant, _rows(z, y, (1, 2)), y, _rows(contrast), y_contrast, tau, own), reduction)
+    row own + i, which is anchor i, where own is given; P(i) is those of A(i) with i's label, N(i) the others;
+    denominator and y both (., C) as above"""
+    z, contrast = _rows(z, y, (1, 2)), _rows(contrast)
+    return _reduce(z, _against(variant, z, y, contrast, y_contrast, tau, own, denominator), reduction)
 
 
 def n_pair(anchor, positive, *, reduction="mean"):
@@ -142,8 +145,9 @@ def simple_contrastive_grad(*args, **options): return simple_contrastive(*args, 
 def triplet_grad(*args, **options): return triplet(*args, **options, reduction="gradient")
 def max_margin_grad(*args, **options): return max_margin(*args, **options, reduction="gradient")
 def n_pair_grad(f, f_pos): return _two_gradients(f, f_pos, _n_pair(_rows(f), _rows(f_pos)))
-def supcon_against_grad(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out"):
-    return _two_gradients(z, contrast, _against(variant, _rows(z), y, _rows(contrast), y_contrast, tau, own))
+def supcon_against_grad(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", denominator="all"):
+    return _two_gradients(z, contrast,
+                          _against(variant, _rows(z), y, _rows(contrast), y_contrast, tau, own, denominator))
 def alignment_grad(z, *, views=2): return _gradient(z, _pairs(z, _images(z, views, least=2)), _distance_slope)
 def tolerance_grad(z, y): return _gradient(z, _pairs(z, y), _score_slope)
 
@@ -194,15 +198,19 @@ def _simple_contrastive(z, lam, images, k):
         if P:
             yield i, sum(g[a] * s[a] for a in g), g
 
-def _against(variant, z, y, contrast, y_contrast, tau, own):
+def _against(variant, z, y, contrast, y_contrast, tau, own, denominator="all"):
     contrast = _rows(contrast, y_contrast, (1, 2))
     _require(tau > 0, f"tau must be positive, got {tau}")
+    _require(denominator in ("all", "one_positive", "negatives"), f"unknown denominator {denominator!r}")
+    _require(np.ndim(y) == 1 or denominator == "all", f"class probabilities with {denominator}")
     for i in range(len(z)):
         A = [a for a in range(len(contrast)) if own is None or a != own + i]
         overlap = {a: y[i] @ y_contrast[a] if np.ndim(y) == 2 else float(y[i] == y_contrast[a]) for a in A}
         w = {p: overlap[p] / sum(overlap.values()) for p in A if overlap[p] > 0}
-        if w:
-            yield i, *_contrast(variant, contrast @ z[i] / tau, w, {p: A for p in w}, tau)
+        N = [a for a in A if a not in w]
+        D = {p: {"all": A, "one_positive": [p] + N, "negatives": N}[denominator] for p in w}
+        if w and all(D.values()):
+            yield i, *_contrast(variant, contrast @ z[i] / tau, w, D, tau)
 
 def _n_pair(f, f_pos):
     _require(f.shape == f_pos.shape, f"anchor {f.shape} and positive {f_pos.shape} differ in shape")

@@ -264,7 +264,8 @@ def prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_
     require(os.access(report.parent, os.W_OK),
             f"{report.parent} cannot be written: copy the classifier to a folder that can")
     all_labels = corrupted and (corrupted / "labels.npy").exists()  # CIFAR-10-C's are compared with the test set's
-    test = load_data(ours.dataset, data, False, size=ours.size, download=download, limit=None if all_labels else limit)
+    source = {"download": download, "table": None if elsewhere else ours.frozen.config.get("labels")}
+    test = load_data(ours.dataset, data, False, size=ours.size, limit=None if all_labels else limit, **source)
     test = with_classes_of(ours, test, data)
     source = published(corrupted, ours, limit, workers, test) if corrupted else None
     test = test._replace(images=test.images[:limit], labels=test.labels[:limit])

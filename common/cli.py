@@ -7,6 +7,7 @@ that has something to refuse.
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import sys
 
@@ -78,10 +79,39 @@ def is_first():
 
 def say(words, err=False):
     """Prints once, whatever the number of ranks. A pipe that nobody reads any more does not end the run."""
-    if not is_first():
-        return
+    if is_first():
+        clear_line()
+        write(words, "\n", err)
+
+
+standing = ""  # what stands in the terminal's last line until other words take its place
+
+
+def say_in_place(words):
+    """As say. On a terminal the next words take the place of these."""
+    global standing
+    if not on_terminal():
+        say(words)
+    elif is_first():
+        clear_line()
+        standing = words[: shutil.get_terminal_size().columns - 1]
+        write(standing, "")
+
+
+def clear_line():
+    global standing
+    if standing:
+        write("\r" + " " * len(standing) + "\r", "")
+        standing = ""
+
+
+def on_terminal():
+    return sys.stdout.isatty()
+
+
+def write(words, end, err=False):
     try:
-        click.echo(words, err=err)
+        click.echo(words + end, nl=False, err=err)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, (sys.stderr if err else sys.stdout).fileno())
@@ -123,8 +153,10 @@ def run_command(command, lower="--micro-batch, --batch, --size or --limit"):
             raise
         line = f"{str(e.filename)[:80]} ... is too long a name: name another"
     except (click.Abort, KeyboardInterrupt):
+        clear_line()
         click.echo("interrupted", err=True)
         sys.exit(130)
+    clear_line()
     click.echo(f"error: {' '.join(line.split())}", err=True)
     sys.exit(2)
 

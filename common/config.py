@@ -5,6 +5,7 @@ other options, and refuses what contradicts itself. `fit_to_data` does the same 
 """
 
 import dataclasses
+import difflib
 import math
 import os
 import re
@@ -17,8 +18,10 @@ from click.core import ParameterSource
 from common.cli import Refused, say
 from common.data import DATASETS, STREAMS
 from common.images import SMALL
-from common.models import ARCHS
-from common.objectives import OBJECTIVES, is_masked
+from common.initial import refuse_without_weights
+from common.journal import summary_writer
+from common.models import ARCHS, has_stem
+from common.objectives import OBJECTIVES
 from common.presets import PRESETS, describe
 from common.run_folder import CHECKPOINTS, is_there, newest_checkpoint
 from common.views import AUGMENTATIONS
@@ -51,6 +54,19 @@ class Widths(click.ParamType):
         return value if good else self.fail(f"{value!r} is not of the form 128, r-128 or 2048-128.", param, ctx)
 
 
+class Arch(click.ParamType):
+    """The name of an encoder."""
+
+    name = "name"
+
+    def convert(self, value, param, ctx):
+        if value in ARCHS:
+            return value
+        near = ", ".join(difflib.get_close_matches(value, ARCHS)) or "resnet50, convnext_tiny, vit_b_16"
+        self.fail(f"{value!r} is no encoder: name small, resnet200 or a classification model of torchvision.models, "
+                  f"such as {near}.", param, ctx)
+
+
 LARGEST = 2**31 - 1
 COUNT = click.IntRange(1, LARGEST)
 POSITIVE, NOT_NEGATIVE = Finite(min=0, min_open=True), Finite(min=0)
@@ -79,6 +95,9 @@ class Config:
                         "A published setting, number by number; other options override it. list prints them all.")
     dataset: str = option("shapes", one_of(DATASETS), "shapes is generated; folder reads DATA/train/CLASS/*.jpg.")
     data: str = option("data", str, "Folder of the data sets.")
+    labels: str = option(None, str,
+                        "CSV file of path, label and, if you like, split (train, test, val), for images of DATA that "
+                        "do not lie in class folders.", "the folders' names")
     download: bool = option(True, bool, "Fetch what is missing.")
     size: int = option(None, click.IntRange(8, 8192), "Side of an image in pixels.",
                         "the data set's own; 32 for folder and shapes")
@@ -129,11 +148,18 @@ class Config:
     momentum_encoder: float = option(0.999, Finite(0, 1), "Momentum of the encoder that fills the queue.")
 
     # Encoder
-    arch: str = option(None, one_of(ARCHS), "Encoder; small has 0.34 M weights.", "small for shapes, else resnet50")
+    arch: str = option(None, Arch(),
+                        "Encoder: small (0.34 M weights), resnet200, or any classification model of torchvision.",
+                        "small for shapes, else resnet50")
     stem: str = option(None, one_of(["3x3", "7x7"]), "First layers of a ResNet.", "3x3 up to 64 pixels, else 7x7")
     normalize_encoder: bool = option(False, bool,
                         "Bring r to norm 1 before the heads, as in the paper's text and its ImageNet code.")
     projection: str = option("r-128", Widths(), "Widths of the projection head's layers; r is the encoder's width.")
+    init: str = option(None, str,
+                        "Weights that the encoder starts from: a run, a state dict of torchvision's model of that "
+                        "name, or the word torchvision for the published ones.", "random")
+    freeze_epochs: int = option(0, click.IntRange(0, LARGEST),
+                        "Epochs in which the heads train alone, before the encoder of --init joins them.")
 
     # Optimiser
     batch: int = option(None, click.IntRange(2, LARGEST), "Images in a step, over all ranks.",
@@ -166,6 +192,7 @@ class Config:
     save_minutes: float = option(10.0, NOT_NEGATIVE, "Save a checkpoint at least this often, and after every epoch.")
     keep_every: int = option(None, COUNT, "Keep the weights of every so many epochs too, as epoch-0003.pt.", "none")
     log_every: int = option(10, COUNT, "Steps between two entries of the log.")
+    tensorboard: bool = option(False, bool, "Write the entries for TensorBoard, too (pip install tensorboard).")
 
     # Known once the run is there
     streams: int = None  # how its random streams are made; None up to version 0.3
@@ -230,6 +257,8 @@ def read(context, resume, options):
             f"{flags(context, idle)} has a meaning for {where} alone: leave it out")
     if resume == "auto" and any(is_there(Path(config.run, name)) for name in CHECKPOINTS):
         return read_same(context, Path(config.run), options, given)
+    if config.init is not None:
+        refuse_without_weights(config.init, config.arch)
     return config, None
 
 
@@ -242,12 +271,14 @@ MEANT_FOR = [  # (options, whether they have a meaning in a config, where they h
     (["loss_scale", "projection"], lambda c: OBJECTIVES[c.loss].contrast, "a contrastive --loss"),
     (["denominator", "positives_cap"], lambda c: c.loss in ("supcon", "supcon-in"), "--loss supcon and supcon-in"),
     (["momentum_encoder"], lambda c: c.queue, "--queue"),
+    (["labels"], lambda c: c.dataset == "folder", "--dataset folder"),
     (["mix_alpha"], lambda c: c.mix, "--mix"),
     (["jitter"], lambda c: c.augment in ("sim", "stacked-rand"), "--augment sim and stacked-rand"),
     (["crop_min"], lambda c: c.augment != "none", "views that are cropped"),
     (["label_noise"], lambda c: OBJECTIVES[c.loss].labels or c.ce_weight, "losses that read labels"),
     (["sync_bn"], lambda c: not c.sync_bn or several_gpus(), "several GPUs"),
-    (["stem"], lambda c: c.arch != "small", "the ResNets"),
+    (["stem"], lambda c: has_stem(c.arch), "the ResNets"),
+    (["freeze_epochs"], lambda c: c.init, "--init"),
 ]
 
 
@@ -283,8 +314,8 @@ def refuse_two_rates(given):
     require(not {"lr", "lr_per_256"} <= given, "--lr and --lr-per-256 both set the learning rate: leave one out")
 
 
-MAY_CHANGE = {"epochs", "keep_every", "data", "download", "device", "log_every", "save_minutes", "micro_batch", "compile",
-        "workers"}  # on --resume
+MAY_CHANGE = {"epochs", "data", "labels", "download", "device", "log_every", "tensorboard", "save_minutes",
+        "keep_every", "micro_batch", "compile", "workers"}  # on --resume
 MOVING = {"size", "stem", "warmup"}  # whose defaults depend on the data, or on --epochs, which may change
 
 
@@ -366,7 +397,11 @@ def complete(config, world):
     """Fills in the defaults, and refuses what cannot work on `world` ranks, whatever the data."""
     fill_in_defaults(config)
     loss, objective = config.loss, OBJECTIVES[config.loss]
+    if config.tensorboard:
+        summary_writer()  # whose package may be lacking
     require(config.warmup < config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}")
+    require(config.freeze_epochs <= config.epochs,
+            f"--freeze-epochs {config.freeze_epochs} is more than --epochs {config.epochs}: lower it")
     require(not config.stream or config.dataset == "folder", "--stream reads --dataset folder: leave it out")
     require(objective.tau or not config.tau, f"--tau has no meaning for --loss {loss}: leave it out")
     require(not config.nesterov or config.momentum, "--nesterov needs a --momentum above 0")
@@ -390,8 +425,9 @@ def complete(config, world):
         f"--mix has no meaning for --loss {loss}, whose labels are not shared: leave it out")
     require(not config.mix or not config.queue, "--mix gives soft labels and --queue keeps hard ones: leave one out")
 
-    require(not is_masked(config) or not (config.queue or config.mix),
-            "--denominator and --positives-cap go with hard labels of one batch: leave --queue and --mix out")
+    require(config.denominator == "all" or not config.mix, "--denominator goes with hard labels: leave --mix out")
+    require(config.positives_cap is None or not (config.queue or config.mix),
+            "--positives-cap goes with hard labels of one batch: leave --queue and --mix out")
     require((config.positives_cap or 0) % config.views == 0,
             f"--positives-cap {config.positives_cap} is not a multiple of --views {config.views}: choose one that is")
 
@@ -413,7 +449,9 @@ def complete(config, world):
 def fit_to_data(config, data, resumed=None):
     """Fills in what depends on the data, and refuses data that do not fit the options or the run that is resumed."""
     n, size, classes = len(data.labels), data.images.shape[-1], len(data.classes)
-    fill_in(config, size=size, stem="3x3" if size <= SMALL else "7x7", num_classes=classes)
+    fill_in(config, size=size, num_classes=classes)
+    if has_stem(config.arch):
+        fill_in(config, stem="3x3" if size <= SMALL else "7x7")
     objective = OBJECTIVES[config.loss]
     reads_labels = objective.labels or config.ce_weight
     require(n >= config.batch, f"--batch {config.batch} is larger than the {n} training images: lower --batch")

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from common.cli import Refused, say
 from common.images import find_images, read_image, resize_and_crop
+from common.labels import find_labelled
 
 
 class Missing(Refused):
@@ -31,7 +32,7 @@ class Data(NamedTuple):
     labels: torch.Tensor  # (n,) int64
     classes: list  # names; none where a folder's images lie without class folders
     files: list | None = None  # the path of every image of a streamed folder
-    names: list | None = None  # of every image of a folder, its path from there
+    paths: list | None = None  # the path of every image of a folder, streamed or not
 
 
 SAMPLE = 10_000  # images that mean and standard deviation are measured on
@@ -63,7 +64,8 @@ def load_on_every_rank(config, ranks):
 
 def require_same_on_every_rank(data, root, ranks):
     """Raises Refused on every rank where one of them has other classes, labels or names of images than rank 0."""
-    names = data.names or [f"image {row}" for row in range(len(data.labels))]
+    names = [os.path.relpath(path, root) for path in data.paths or ()]  # the root may differ from node to node
+    names = names or [f"image {row}" for row in range(len(data.labels))]
     labelled = (f"{name} of the class {data.classes[label]}" for name, label in zip(names, data.labels.tolist()))
     mine = sorted([*(f"the class {name}" for name in data.classes), *labelled])
     digest = hashlib.sha256("\0".join(mine).encode(errors="surrogateescape")).digest()
@@ -86,7 +88,7 @@ def first_difference(mine, theirs):
 
 def load(config, download, with_test):
     """(training set, test set or None) as the options want them. Only rank 0 needs the test set, for its diagnosis."""
-    source = {"size": config.size, "download": download, "stream": config.stream}
+    source = {"size": config.size, "download": download, "stream": config.stream, "table": config.labels}
     data, test = load_data(config.dataset, config.data, True, limit=config.limit, **source), None
     if with_test and data.classes:
         with contextlib.suppress(Missing):
@@ -101,16 +103,17 @@ def load(config, download, with_test):
     return data, test
 
 
-def load_data(dataset, root, train, *, size=None, download=True, limit=None, stream=False):
+def load_data(dataset, root, train, *, size=None, download=True, limit=None, stream=False, table=None):
     """The first `limit` images of the training or test set as Data, resized to `size` where it is given.
 
     stream: hold the names of a folder's files and the pixels of a sample alone, for a folder larger than memory.
+    table: a CSV file with the labels of a folder's images, which then lie anywhere in it.
     Raises Missing where the set is not there, and Refused where it cannot be read.
     """
     if dataset == "shapes":
         return shapes(min(10_000 if train else 2_000, limit or 10_000), size or 32, seed=int(train))
     if dataset == "folder":
-        return load_folder(root, train, size or 32, limit, stream)
+        return load_folder(labelled(root, train, table) if table else foldered(root, train), size or 32, limit, stream)
     sets = torchvision.datasets
     try:
         if dataset == "svhn":
@@ -149,8 +152,16 @@ def with_classes_of(train, test, root):
     return test._replace(labels=places[test.labels], classes=train.classes)
 
 
-def load_folder(root, train, size, limit=None, stream=False):
-    """The images in root/train, or in root/test or root/val, shuffled by a fixed seed."""
+def labelled(root, train, table):
+    """The Folder of the training or test images that a CSV file names."""
+    folder = find_labelled(root, table, train)
+    if not folder.files:
+        raise Missing(f"--labels {table} has no image of the split test or val: add some")
+    return folder
+
+
+def foldered(root, train):
+    """The Folder of the images in root/train, or in root/test or root/val."""
     names = ["train"] if train else ["test", "val"]
     try:
         found = [Path(root, name) for name in names if Path(root, name).is_dir()]
@@ -159,7 +170,11 @@ def load_folder(root, train, size, limit=None, stream=False):
     if not found:
         raise Missing(f"--data {root} has no folder {' or '.join(names)}: "
                       f"--dataset folder wants DIR/{names[0]}/CLASS/*.jpg")
-    folder = find_images(found[0])
+    return find_images(found[0])
+
+
+def load_folder(folder, size, limit=None, stream=False):
+    """The images of a Folder, shuffled by a fixed seed."""
     order = torch.randperm(len(folder.files), generator=generator("folder"))[:limit].tolist()
     files, labels = [folder.files[i] for i in order], [folder.labels[i] for i in order]
 
@@ -175,15 +190,14 @@ def load_folder(root, train, size, limit=None, stream=False):
     with ThreadPoolExecutor() as pool:
         for row, image in enumerate(pool.map(load, files[:n])):
             images[row] = image
-    names = [file.removeprefix(f"{found[0]}{os.sep}") for file in files]
-    return Data(images, torch.tensor(labels), folder.classes, files if stream else None, names)
+    return Data(images, torch.tensor(labels), folder.classes, files if stream else None, files)
 
 
 def take(data, rows):
     """The images at `rows`, which must be in ascending order, so that a streamed folder's sample stays in front."""
-    files, names = ([of[row] for row in rows.tolist()] if of else of for of in (data.files, data.names))
-    images = data.images[rows[rows < len(data.images)]]
-    return data._replace(images=images, labels=data.labels[rows], files=files, names=names)
+    files, paths = (names and [names[row] for row in rows.tolist()] for names in (data.files, data.paths))
+    images, labels = data.images[rows[rows < len(data.images)]], data.labels[rows]
+    return data._replace(images=images, labels=labels, files=files, paths=paths)
 
 
 def stratified(labels, fraction, g):

@@ -2,22 +2,32 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common.cli import Refused
+from common.config import of_checkpoint
 from common.data import generator
-from common.models import bfloat16_is_fast, build_encoder, encode, encode_images
+from common.models import bfloat16_is_fast, build_encoder, build_projection, encode, encode_images, widths_of
+from common.objectives import OBJECTIVES
 from common.run_folder import load_checkpoint, load_plain, load_state, write_aside
 from common.views import WorkerViews, draw_view, make_view, worker_batches
 
 
 class Frozen(nn.Module):
-    """x (n, 3, H, H) uint8, or float in [0, 1] -> r (n, width). It does not learn.
+    """Images -> r (n, width). It does not learn.
 
-    config: the options of the run, a dict. step: the one that the weights are of, where it is known. r is brought to norm 1 where the heads saw it so in training, or if `unit`.
+    Images are (n, 3, size, size), or one of them without its first axis, which gives (width,): RGB, uint8 or of any
+    floating-point type with values in [0, 1], and not normalised, for the module does that itself. Raises ValueError
+    for anything else. The range is looked at in the first batch of floating-point numbers alone.
+
+    config: the options of the run, a dict. step: the one that the weights are of, where it is known. r is brought to
+    norm 1 where the heads saw it so in training, or if `unit`.
     """
 
     def __init__(self, encoder, mean, std, config, device, unit=False, step=None):
@@ -30,9 +40,28 @@ class Frozen(nn.Module):
         self.eval().requires_grad_(False).to(device, torch.float32, memory_format=torch.channels_last)
         fast = config["precision"] in ("auto", "bfloat16") and bfloat16_is_fast(self.mean.device)
         self.autocast = torch.bfloat16 if fast else None
+        self.range_is_known = False
 
     def forward(self, x):
-        return self.scaled(encode_images(self.encoder, x, self.mean, self.std, self.autocast))
+        self.require_images(x)
+        images = x.float() if x.is_floating_point() else x
+        if x.ndim == 3:
+            return self(images[None])[0]
+        return self.scaled(encode_images(self.encoder, images, self.mean, self.std, self.autocast))
+
+    def require_images(self, x):
+        is_float, H = x.is_floating_point(), self.size
+        if x.ndim not in (3, 4) or x.shape[-3:] != (3, H, H) or not (is_float or x.dtype == torch.uint8):
+            self.refuse(f"{x.dtype} of shape {tuple(x.shape)}")
+        if is_float and not self.range_is_known and x.numel():
+            low, high = (bound.item() for bound in x.aminmax())
+            if not 0 <= low <= high <= 1:
+                self.refuse(f"values from {low:.3g} to {high:.3g}")
+            self.range_is_known = True
+
+    def refuse(self, got):
+        raise ValueError(f"images must be (n, 3, {self.size}, {self.size}), uint8 or floating-point numbers in [0, 1] "
+                         f"that are not normalised, got {got}")
 
     def encode(self, x):
         """r of views, which are normalised already."""
@@ -42,9 +71,25 @@ class Frozen(nn.Module):
         return F.normalize(r) if self.unit else r
 
 
-def load_encoder(path, device, unit=False):
-    """The frozen encoder of a checkpoint of pretrain.py. Every entry of the encoder must be there, and no other."""
-    return frozen_from(load_checkpoint(path), path, device, unit)
+def load_encoder(path, device="cpu", unit=False):
+    """The Frozen encoder of a run, of which `path` is the folder or a checkpoint. Raises Refused for anything else."""
+    path = checkpoint_of(path)
+    return frozen_from(load_checkpoint(path), path, torch.device(device), unit)
+
+
+def checkpoint_of(path):
+    return Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
+
+
+def load_projection(path):
+    """A run's projection head with what follows it, r (n, width) -> z (n, D). None where its loss has no head."""
+    contents = load_checkpoint(checkpoint_of(path))
+    if "projection" not in contents:
+        return None
+    weights, config = contents["projection"], of_checkpoint(contents)
+    projection = build_projection(widths_of(config.projection, weights["0.weight"].shape[1]))
+    load_state(projection, weights, path)
+    return lambda r: F.normalize(projection(r)) if OBJECTIVES[config.loss].unit else projection(r)
 
 
 def frozen_from(contents, path, device, unit=False):
@@ -52,7 +97,7 @@ def frozen_from(contents, path, device, unit=False):
     try:
         encoder, _ = build_encoder(config["arch"], config["stem"])
         frozen = Frozen(encoder, contents["mean"], contents["std"], config, device, unit, contents.get("step"))
-    except (KeyError, AttributeError, RuntimeError) as e:
+    except (KeyError, AttributeError, ValueError, RuntimeError) as e:
         raise Refused(f"{path} names no encoder that pretrain.py builds: "
                       "it is damaged or changed by hand, name another") from e
     load_state(encoder, contents["encoder"], path)
@@ -85,6 +130,37 @@ def extract(frozen, data, key=None, batch=500, workers=2):
     return torch.cat(parts)
 
 
+def refuse_features_file(path, l2_normalize):
+    """Raises Refused, before any long work, where save_features could not write, or would write another r and z.
+
+    path: None where nothing is to be written.
+    """
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.suffix != ".npz" or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise Refused(f"--save-features {path} must be FILE.npz in a folder that can be written: name another")
+    if l2_normalize:
+        raise Refused("--save-features writes r as the run's own heads see it: leave --l2-normalize out")
+
+
+@torch.no_grad()
+def save_features(path, checkpoint, train, test, r_train, r_test):
+    """Writes an .npz file, whose arrays numpy.load reads without running code.
+
+    train, test: the Data that the features r (n, width) are of. NAME_features, NAME_labels, NAME_z (n, D) where the run
+    has a projection head, NAME_paths where the images are files, for the names train and test; and class_names.
+    """
+    projection, arrays = load_projection(checkpoint), {"class_names": np.array(train.classes)}
+    for name, data, r in (("train", train, r_train.cpu()), ("test", test, r_test.cpu())):
+        arrays |= {f"{name}_features": r.numpy(), f"{name}_labels": data.labels.numpy()}
+        if projection:
+            arrays[f"{name}_z"] = projection(r).numpy()
+        if data.paths:
+            arrays[f"{name}_paths"] = np.array(data.paths)
+    write(path, lambda f: np.savez(f, **arrays))
+
+
 # ---------------------------------------------------------------- classifiers
 
 
@@ -95,39 +171,16 @@ def as_linear(weight, bias):
 
 
 class Classifier(nn.Module):
-    """Images -> class scores (n, C). Divided by `temperature`, they have a softmax that is better calibrated.
-
-    Images are (n, 3, size, size), or one of them without its first axis, which gives (C,): RGB, uint8 or of any
-    floating-point type with values in [0, 1], and not normalised, for the classifier does that itself. Raises
-    ValueError for anything else. The range is looked at in the first batch of floating-point numbers alone.
-    """
+    """Images, as Frozen takes them -> class scores (n, C). Divided by `temperature`, they have a softmax that is better
+    calibrated."""
 
     def __init__(self, frozen, linear, classes, temperature, dataset):
         super().__init__()
         self.frozen, self.linear = frozen, linear
         self.classes, self.temperature, self.dataset, self.size = classes, temperature, dataset, frozen.size
-        self.range_is_known = False
 
     def forward(self, x):
-        self.require_images(x)
-        images = x.float() if x.is_floating_point() else x
-        if x.ndim == 3:
-            return self(images[None])[0]
-        return self.linear(self.frozen(images))
-
-    def require_images(self, x):
-        is_float, H = x.is_floating_point(), self.size
-        if x.ndim not in (3, 4) or x.shape[-3:] != (3, H, H) or not (is_float or x.dtype == torch.uint8):
-            self.refuse(f"{x.dtype} of shape {tuple(x.shape)}")
-        if is_float and not self.range_is_known and x.numel():
-            low, high = (bound.item() for bound in x.aminmax())
-            if not 0 <= low <= high <= 1:
-                self.refuse(f"values from {low:.3g} to {high:.3g}")
-            self.range_is_known = True
-
-    def refuse(self, got):
-        raise ValueError(f"images must be (n, 3, {self.size}, {self.size}), uint8 or floating-point numbers in [0, 1] "
-                         f"that are not normalised, got {got}")
+        return self.linear(self.frozen(x))
 
 
 FORMAT = "supcon-probe-2"

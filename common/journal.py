@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import NotFinite, say
+from common.cli import NotFinite, Refused, on_terminal, say, say_in_place
 from common.objectives import collapse_and_floor
 from common.optim import learning_rate
 from common.run_folder import RunFolder, describe_run
@@ -31,15 +31,25 @@ def open_journal(run, data, test, ranks, resumed):
 def announce(run, data, test, world):
     config, size = run.config, data.images.shape[-1]
     weights = sum(p.numel() for p in run.model.encoder.parameters()) / 1e6
+    stem = f"{config.stem} stem, " if config.stem else ""
     precision = "bfloat16 autocast" if run.autocast else "no autocast"
     say(f"{config.dataset}: {len(data.labels)} images of {size} x {size}, {len(data.classes)} classes; {config.arch}, "
-        f"{config.stem} stem, {weights:.2f} M weights, {config.device} x {world}, {precision}")
+        f"{stem}{weights:.2f} M weights, {config.device} x {world}, {precision}")
     tau = "" if config.tau is None else f", tau {config.tau}, loss scale {config.loss_scale:.4f}"
     say(f"{config.loss}{tau}; batch {config.batch} x {config.views} views, {config.epochs} epochs, lr {config.lr:.4g} "
         f"after {config.warmup:g} epochs of warm-up; {config.run}")
     if test is None:
         lacking = "no test set" if data.classes else "no class folders"
         say(f"{lacking} in {config.data}: no k-NN accuracy after the epochs")
+
+
+def summary_writer():
+    """torch's SummaryWriter. Raises Refused where its package is not there."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise Refused("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out") from e
+    return SummaryWriter
 
 
 class Losses:
@@ -81,12 +91,26 @@ class Journal:
         self.sound = True  # see `writing`
         first = None if resumed else run.checkpoint([], 0.0)
         self.folder = RunFolder(Path(run.config.run), describe_run(run.config, world), first, run.step)
+        wanted = run.config.tensorboard  # its reader passes over what an earlier part wrote after this step
+        self.board = summary_writer()(run.config.run, purge_step=run.step + 1) if wanted else None
         self.seconds = resumed["seconds"] if resumed else 0.0  # of training: diagnoses and saving do not count
         self.clock = self.saved_at = time.perf_counter()
         self.start_epoch()
 
     def start_epoch(self):
         self.steps_before, self.seconds_before = len(self.losses), self.seconds
+
+    def log(self, entry):
+        """Writes an entry of the log, and its numbers for TensorBoard."""
+        self.folder.log(entry)
+        if self.board:
+            try:
+                for name in entry.keys() - {"step"}:
+                    self.board.add_scalar(name, entry[name], entry["step"])
+                self.board.flush()
+            except OSError as e:
+                raise Refused(f"the file for TensorBoard in {self.folder.path} cannot be written ({e.strerror}): free "
+                              f"space, then go on with --resume {self.folder.path}") from e
 
     def count_seconds(self):
         now = time.perf_counter()
@@ -114,11 +138,12 @@ class Journal:
         config, loss = self.config, self.losses.numbers[-1]
         rate = (len(self.losses) - self.steps_before) * config.batch / (self.seconds - self.seconds_before)
         epoch = math.ceil(run.step / run.steps_per_epoch)
-        self.folder.log({"step": run.step, "epoch": epoch, "loss": loss, "lr": self.lr, "images_per_s": round(rate, 1)})
-        if ends_epoch or time.perf_counter() - self.shown > 10:
+        self.log({"step": run.step, "epoch": epoch, "loss": loss, "lr": self.lr, "images_per_s": round(rate, 1)})
+        if ends_epoch or time.perf_counter() - self.shown > (0.5 if on_terminal() else 10):
             self.shown = time.perf_counter()
             left = (run.total_steps - run.step) * config.batch / rate / 60
-            say(f"epoch {epoch}/{config.epochs} step {run.step}/{run.total_steps}  loss {loss:.4f}  lr {self.lr:.4g}  "
+            tell = say if ends_epoch else say_in_place
+            tell(f"epoch {epoch}/{config.epochs} step {run.step}/{run.total_steps}  loss {loss:.4f}  lr {self.lr:.4g}  "
                 f"{rate:.0f} images/s  {left:.1f} min left")
 
     def note_epoch(self, run, diagnosis):
@@ -128,7 +153,7 @@ class Journal:
         mean_loss = math.fsum(losses) / len(losses)
         entry = {"step": run.step, "epoch": run.step // run.steps_per_epoch, "mean_loss": mean_loss}
         self.entry = entry | {"seconds": round(self.seconds, 2)} | diagnosis
-        self.folder.log(self.entry)
+        self.log(self.entry)
         say("  " + "  ".join(f"{k} {v:.4g}" for k, v in self.entry.items() if isinstance(v, float)))
         if self.collapse and abs(mean_loss - self.collapse) < 0.01 * self.collapse:
             say(f"  warning: the loss sits at its collapse value {self.collapse:.4f}: all features are alike. "
@@ -165,6 +190,8 @@ class Journal:
         if self.sound and run.step != self.saved:
             self.save(run)
         self.folder.close()
+        if self.board:
+            self.board.close()
 
     def refuse_non_finite(self, run):
         wrong = self.losses.read()

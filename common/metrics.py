@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+SIMILARITIES = 2**26  # that are held at a time: 256 MB
+
 
 def topk(scores, labels, k):
     """Accuracy in percent: how often the label is among the k highest scores."""
@@ -67,10 +69,32 @@ def best_temperature(scores, labels):
 def knn_top1(bank, bank_labels, query, query_labels, k=200, tau=0.07):
     """Weighted k-NN accuracy in percent (Wu et al. 2018): neighbours vote exp(s/tau), s the cosine similarity."""
     bank, right = F.normalize(bank), 0
-    count = max(1, 2**26 // len(bank))  # so many queries have 256 MB of similarities
+    count = max(1, SIMILARITIES // len(bank))
     for q, y in zip(F.normalize(query).split(count), query_labels.split(count)):
         s, nearest = (q @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(q), int(bank_labels.max()) + 1, device=bank.device, dtype=s.dtype)
         votes.scatter_add_(1, bank_labels[nearest], ((s - 1) / tau).exp())  # at most 1: no overflow in any type
         right += (votes.argmax(1) == y).sum().item()
     return 100 * right / len(query)
+
+
+def retrieval(features, labels):
+    """How well each row finds the rows of its label among all others, by cosine similarity: the means, in percent.
+
+    With R other rows of the label, recall at 1 is whether the nearest row is one of them, the R-precision is their
+    share among the R nearest, and MAP@R is 1/R sum_{i = 1 ... R} [the i-th nearest is one] * (their share among the i
+    nearest) (Musgrave et al. 2020). Rows alone in their class are left out; if all are, the values are None.
+    """
+    z, R = F.normalize(features), labels.bincount()[labels] - 1
+    asked, found = torch.nonzero(R).squeeze(1), []
+    if not len(asked):
+        return {"recall_at_1": None, "r_precision": None, "map_at_r": None}
+    for rows in asked.split(max(1, SIMILARITIES // len(z))):
+        s = z[rows] @ z.T
+        s[torch.arange(len(rows), device=s.device), rows] = -torch.inf
+        rank = torch.arange(1, int(R.max()) + 1, device=s.device)
+        hits = (labels[s.topk(len(rank)).indices] == labels[rows, None]) & (rank <= R[rows, None])
+        precision = hits.cumsum(1) / rank
+        found.append(torch.stack([hits[:, 0], hits.sum(1) / R[rows], (hits * precision).sum(1) / R[rows]]).double())
+    recall, r_precision, map_at_r = (100 * torch.cat(found, 1).mean(1)).tolist()
+    return {"recall_at_1": recall, "r_precision": r_precision, "map_at_r": map_at_r}

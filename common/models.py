@@ -7,29 +7,61 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.func import functional_call
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from common.cli import Refused
 from common.objectives import OBJECTIVES
 from common.views import normalize
 
-ARCHS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet200")
+# ---------------------------------------------------------------- encoders
+
+
+OURS = ("small", "resnet200")  # encoders that torchvision lacks
+ARCHS = (*OURS, *torchvision.models.list_models(module=torchvision.models))
+ONE_OUTPUT = {"aux_logits": False, "init_weights": True, "transform_input": True}  # of the two Inceptions
 
 
 def build_encoder(arch, stem):
-    """(encoder, width of r). A ResNet's entries bear torchvision's names; the stem "3x3" suits small images."""
+    """(encoder, width of r). What torchvision has bears torchvision's names; the stem "3x3" makes a ResNet suit small
+    images, and means nothing to the others."""
     if arch == "small":
         return small_encoder(), 144
     if arch == "resnet200":
         net = ResNet(Bottleneck, [3, 24, 36, 3])
     else:
-        net = getattr(torchvision.models, arch)()
-    width = net.fc.in_features
-    net.fc = nn.Identity()
-    if stem == "3x3":
+        net = torchvision.models.get_model(arch, **(ONE_OUTPUT if arch in ("googlenet", "inception_v3") else {}))
+    width = take_last_layer_off(net)
+    if stem == "3x3" and has_stem(arch):
         net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         net.maxpool = nn.Identity()
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     return net, width
+
+
+def has_stem(arch):
+    """Whether this is a ResNet, whose first layers come in two kinds."""
+    return arch.removeprefix("wide_").startswith(("resnet", "resnext"))
+
+
+def take_last_layer_off(net):
+    """Takes the layer of the class scores off a model of torchvision's, and returns the width of what it was given."""
+    name, layer = [(n, m) for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    holder, _, attribute = name.rpartition(".")
+    setattr(net.get_submodule(holder), attribute, nn.Identity())
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+def refuse_size(encoder, arch, size):
+    """Raises Refused where the encoder cannot take images of this size: a forward on "meta" computes shapes alone."""
+    on_meta = {name: entry.to("meta") for name, entry in encoder.state_dict().items()}
+    try:
+        functional_call(encoder.eval(), on_meta, torch.empty(1, 3, size, size, device="meta"))
+    except (RuntimeError, AssertionError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise Refused(f"--arch {arch} cannot take images of --size {size} ({reason}): "
+                      "choose another --size, as 224, or another --arch") from e
+    encoder.train()
 
 
 def small_encoder():
@@ -42,6 +74,9 @@ def small_encoder():
 def halving_block(cin, cout):
     shortcut = nn.Sequential(nn.Conv2d(cin, cout, 1, 2, bias=False), nn.BatchNorm2d(cout))
     return BasicBlock(cin, cout, 2, shortcut)
+
+
+# ---------------------------------------------------------------- heads, and the model that trains
 
 
 def build_projection(widths):
@@ -62,7 +97,8 @@ class Model(nn.Module):
 
     The encoder alone runs under autocast, in the type `autocast` if that is not None: the heads are small and stay in
     float32. `unit` brings z to norm 1. `unit_r` brings r to norm 1 before the heads, as the paper does and its code for
-    CIFAR does not. `detach` keeps the classifier's gradient from the encoder.
+    CIFAR does not. `detach` keeps the classifier's gradient from the encoder. While the model is frozen, its encoder is
+    as in evaluation and gets no gradient, so that the heads train alone.
     """
 
     def __init__(self, encoder, projection=None, classifier=None, *,
@@ -70,9 +106,15 @@ class Model(nn.Module):
         super().__init__()
         self.encoder, self.projection, self.classifier = encoder, projection, classifier
         self.unit, self.unit_r, self.detach, self.autocast = unit, unit_r, detach, autocast
+        self.is_frozen = False
+
+    def freeze(self, is_frozen):
+        self.is_frozen = is_frozen
+        self.encoder.train(not is_frozen)
 
     def forward(self, x):
-        r = encode(self.encoder, x, self.autocast)  # (N, width)
+        with torch.no_grad() if self.is_frozen else contextlib.nullcontext():
+            r = encode(self.encoder, x, self.autocast)  # (N, width)
         r = F.normalize(r) if self.unit_r else r
         z = r if self.projection is None else self.projection(r)
         z = F.normalize(z) if self.unit else z
@@ -84,6 +126,7 @@ def build_model(config, autocast):
     """The model that the options describe, with the weights that belong to the seed."""
     torch.manual_seed(config.seed)
     encoder, width = build_encoder(config.arch, config.stem)
+    refuse_size(encoder, config.arch, config.size)
     objective = OBJECTIVES[config.loss]
     projection = build_projection(widths_of(config.projection, width)) if objective.contrast else None
     has_classifier = objective.contrast is None or config.ce_weight
@@ -151,6 +194,7 @@ class Queue:
     @torch.no_grad()
     def follow(self, model):
         """Moves the momentum encoder towards the model."""
+        self.model.freeze(model.is_frozen)
         for mine, theirs in zip(self.model.parameters(), model.parameters()):
             mine.lerp_(theirs, 1 - self.momentum)
 

@@ -21,23 +21,18 @@ from common.ranks import gather_views
 
 
 def supcon_out(config, z, y, images, queue):
-    if is_masked(config):
-        return masked(losses.supcon_out, config, z, y)
-    return losses.supcon_sharded(z, y, config.tau, queue=queue)
+    if config.positives_cap is not None:
+        return capped(losses.supcon_out, config, z, y)
+    return losses.supcon_sharded(z, y, config.tau, queue=queue, denominator=config.denominator)
 
 
 def supcon_in(config, z, y, images, queue):
-    if is_masked(config):
-        return masked(losses.supcon_in, config, z, y)
-    return losses.supcon_sharded(z, y, config.tau, queue=queue, variant="in")
+    if config.positives_cap is not None:
+        return capped(losses.supcon_in, config, z, y)
+    return losses.supcon_sharded(z, y, config.tau, queue=queue, variant="in", denominator=config.denominator)
 
 
-def is_masked(config):
-    """Whether a denominator is not that of the paper, or positives are left out."""
-    return config.denominator != "all" or config.positives_cap is not None
-
-
-def masked(loss, config, z, y):
+def capped(loss, config, z, y):
     z, y = gather_views(z, config.views), gather_views(y, config.views)  # every rank looks at all rows
     return loss(z, y, config.tau, denominator=config.denominator, positives_cap=config.positives_cap,
                 views=config.views)
@@ -153,7 +148,8 @@ def collapse_and_floor(config, labels):
     unequal size this is the loss of the simplex, and the least one is a little lower.
     """
     objective, rows = OBJECTIVES[config.loss], config.batch * config.views
-    if not objective.marks or config.ce_weight or config.mix or config.queue or is_masked(config):
+    is_masked = config.denominator != "all" or config.positives_cap is not None
+    if not objective.marks or config.ce_weight or config.mix or config.queue or is_masked:
         return None, None
     if objective.labels:
         share = torch.bincount(labels).double() / len(labels)

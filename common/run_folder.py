@@ -134,7 +134,7 @@ class RunFolder:
             raise self._unwritable(e) from e
         self._claim()
         try:
-            for left in (file for stem in WRITTEN for file in path.glob(f"{stem}*.tmp")):  # by a process that was killed
+            for left in (file for stem in WRITTEN for file in path.glob(f"{stem}*.tmp")):  # by a killed process
                 left.unlink(missing_ok=True)
             if first is None:
                 self._put_damaged_aside(step)

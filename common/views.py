@@ -10,6 +10,7 @@ and apply them in make_view. To add one of single images, give it a name in POLI
 import functools
 import math
 import signal
+import sys
 import threading
 from typing import NamedTuple
 
@@ -162,6 +163,10 @@ def hue(x, shift):
 # ---------------------------------------------------------------- views of single images, in workers
 
 
+# macOS advises against forks and Windows has none: there a worker starts anew and imports torch, in some seconds.
+START_METHOD = "fork" if sys.platform.startswith("linux") else "spawn"
+SIGCHLD = getattr(signal, "SIGCHLD", None)  # which Windows lacks
+
 POLICIES = ("auto", "rand", "stacked-rand")
 AUGMENTATIONS = ("sim", "crop", "none", *POLICIES)
 
@@ -201,12 +206,12 @@ def worker_batches(dataset, batches, workers):
     """
     context = {"generator": torch.Generator()}  # torch's own generator stays where it is
     if workers:
-        context |= {"multiprocessing_context": "fork", "prefetch_factor": 4}
-    handled = workers and threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGCHLD) if handled else None
+        context |= {"multiprocessing_context": START_METHOD, "prefetch_factor": 4}
+    handled = workers and SIGCHLD and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(SIGCHLD) if handled else None
     source = iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, **context))
     if handled:
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        signal.signal(SIGCHLD, before or signal.SIG_DFL)
     try:
         yield from source
     except (RuntimeError, OSError, EOFError) as e:
@@ -282,7 +287,11 @@ class Batch:
         return Batch(self.config, pixels, self.labels[rows], self.index[rows], draws, self.key, self.mean, self.std)
 
     def views(self):
-        """(x, y): the views (V m, 3, H, H), view by view, and their labels (V m,), or (V m, C) of mixed images."""
+        """(x, y): the views (V m, 3, H, H), view by view, and their labels (V m,), or (V m, C) of mixed images.
+
+        What the layers of an encoder draw next, by dropout and the like, belongs to this part of this step.
+        """
+        self.seed_layers()
         device = self.mean.device
         sources = zip(self.pixels, self.draws)
         made = [make_view(pixels, draw.to(device), self.mean, self.std) for pixels, draw in sources]
@@ -290,6 +299,10 @@ class Batch:
         if self.config.mix:
             made, labels = zip(*(self.mixed(view, v) for v, view in enumerate(made)))
         return torch.cat(made).contiguous(memory_format=torch.channels_last), torch.cat(labels)
+
+    def seed_layers(self):
+        """So two passes over a part drop the same, and so does a run that goes on."""
+        torch.manual_seed(generator("layers", *self.key, int(self.index[0])).initial_seed())
 
     def mixed(self, view, v):
         seed, *step = self.key

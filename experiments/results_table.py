@@ -6,8 +6,8 @@
     python experiments/results_table.py --short results/cifar* results/fashion* --picture docs/results.png
 
 A run's folder holds config.json and log.jsonl of pretrain.py, probe.json of linear_probe.py if it was probed and
-robustness.json of robustness.py if it was tested. --long, --short and --picture leave out what was not probed. "views, M" is what a run was allowed: the views
-that it encoded, which are images x views x epochs, in millions.
+robustness.json of robustness.py if it was tested. --long, --short and --picture leave out what was not probed.
+"views, M" is what a run was allowed: the views that it encoded, which are images x views x epochs, in millions.
 """
 
 import csv

@@ -68,6 +68,24 @@ def knn_top1(bank, bank_y, query, query_y, k=200, tau=0.07):
     return 100 * right / len(query)
 
 
+def retrieval(z, y):
+    """Recall at 1, R-precision and MAP@R in percent (Musgrave et al. 2020), a query and a neighbour at a time.
+
+    MAP@R of a query is 1/R sum_{i = 1 ... R} P(i), P(i) the precision at i if the i-th nearest is right, else 0.
+    """
+    z = [row / np.linalg.norm(row) for row in np.asarray(z, dtype=np.float64)]
+    values = []
+    for i in range(len(z)):
+        others = sorted((j for j in range(len(z)) if j != i), key=lambda j: -(z[i] @ z[j]))
+        R = sum(y[j] == y[i] for j in others)
+        if R == 0:
+            continue
+        right = [y[j] == y[i] for j in others[:R]]
+        precisions = [sum(right[:k]) / k if right[k - 1] else 0 for k in range(1, R + 1)]
+        values.append((right[0], sum(right) / R, sum(precisions) / R))
+    return [100 * sum(column) / len(values) for column in zip(*values)]
+
+
 def mean_corruption_error(errors, reference):
     """mean_c sum_s E_sc / sum_s R_sc in percent (Hendrycks & Dietterich 2019).
 

@@ -50,7 +50,17 @@ BAD = [
     (["--batch", "25", "--loss", "n-pair"], "even --batch"),
     (["--limit", "2", "--batch", "2", "--loss", "n-pair"], "two images of every class"),
     (["--arch", "resnet20"], "--arch"),
+    (["--arch", "resnet49"], "'resnet49' is no encoder: name small, resnet200 or a classification model of"),
+    (["--arch", "squeezenet1_0", "--size", "8"], "--arch squeezenet1_0 cannot take images of --size 8"),
     (["--stem", "5x5"], "--stem"),
+    (["--stem", "3x3", "--arch", "vit_b_16"], "--stem has a meaning for the ResNets alone"),
+    (["--init", "nowhere"], "--init nowhere is not there: name a run, a file of weights, or the word torchvision"),
+    (["--init", ""], "is not there: name a run"),
+    (["--init", "r" * 300], "cannot be looked for"),
+    (["--init", "torchvision"], "torchvision publishes no weights of small: name another --arch"),
+    (["--freeze-epochs", "1"], "--freeze-epochs has a meaning for --init alone"),
+    (["--freeze-epochs", "-1"], "--freeze-epochs"),
+    (["--freeze-epochs", "9", "--arch", "resnet18", "--init", "torchvision"], "9 is more than --epochs 4: lower it"),
     (["--projection", "0"], "--projection"),
     (["--projection", "128-"], "is not of the form 128, r-128 or 2048-128"),
     (["--projection", "1-1-1-1-1"], "--projection"),
@@ -117,10 +127,13 @@ BAD = [
     (["--queue", "9", "--loss", "triplet"], "--queue has no meaning for --loss triplet"),
     (["--queue", "9", "--mix", "mixup"], "leave one out"),
     (["--denominator", "all", "--loss", "simclr"], "--denominator has a meaning for --loss supcon and supcon-in alone"),
-    (["--denominator", "negatives", "--queue", "9"], "leave --queue and --mix out"),
+    (["--denominator", "negatives", "--mix", "mixup"], "--denominator goes with hard labels: leave --mix out"),
+    (["--positives-cap", "2", "--queue", "9"], "leave --queue and --mix out"),
     (["--positives-cap", "2", "--mix", "mixup"], "leave --queue and --mix out"),
     (["--positives-cap", "3"], "--positives-cap 3 is not a multiple of --views 2"),
     (["--mix", "mixup", "--loss", "simclr"], "--mix has no meaning for --loss simclr"),
+    (["--labels", "labels.csv"], "--labels has a meaning for --dataset folder alone"),
+    (["--labels", "nowhere.csv", "--dataset", "folder"], "--labels nowhere.csv cannot be read (No such file"),
     (["--mix-alpha", "2"], "--mix-alpha has a meaning for --mix alone"),
     (["--momentum-encoder", "0.9"], "--momentum-encoder has a meaning for --queue alone"),
     (["--label-smoothing", "0.1"], "--label-smoothing is cross-entropy's"),
@@ -256,6 +269,25 @@ def resume_on_data_of_another_length(here, ckpt):
     return pretrain, ["--resume", here], "holds 200 images, the run began with 150"
 
 
+def init_of_another_encoder(here, ckpt):
+    (here / "ckpt.pt").write_bytes(ckpt)
+    return pretrain, [*SMALL, "--arch", "resnet18", "--init", here], "this run has resnet18: give --arch small"
+
+
+def init_of_a_folder_without_a_run(here, ckpt):
+    return pretrain, [*SMALL, "--init", here], "is not there: name a run"
+
+
+def init_of_text(here, ckpt):
+    (here / "weights.pth").write_text("no weights at all")
+    return pretrain, [*SMALL, "--init", here / "weights.pth"], "cannot be read as weights"
+
+
+def init_of_other_names(here, ckpt):
+    torch.save({"weight": torch.zeros(3)}, here / "weights.pth")
+    return pretrain, [*SMALL, "--init", here / "weights.pth"], "is not of the encoder small: it lacks 0.0.weight, 0.1."
+
+
 def probe_of_nothing(here, ckpt):
     return linear_probe, [here / "ckpt.pt"], "there is no checkpoint"
 
@@ -354,6 +386,10 @@ SITUATIONS = [
     resume_in_parts_that_do_not_divide,
     resume_with_weights_of_another_encoder,
     resume_on_data_of_another_length,
+    init_of_another_encoder,
+    init_of_a_folder_without_a_run,
+    init_of_text,
+    init_of_other_names,
     probe_of_nothing,
     probe_of_an_empty_folder,
     probe_of_an_empty_file,
@@ -378,6 +414,9 @@ SITUATIONS = [
     probe_with("--device", "toaster"),
     probe_with("--fraction", "0.5"),
     probe_with("--subset", "0"),
+    probe_with("--save-features", "features.csv"),
+    probe_with("--save-features", "nowhere/features.npz"),
+    probe_with("--save-features", "features.npz", "--l2-normalize"),
 ]
 
 

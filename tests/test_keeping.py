@@ -148,7 +148,7 @@ def test_a_new_run_takes_no_folder_in_which_steps_would_be_lost(tmp_path):
 def journal(folder, monkeypatch, weight=0.0):
     """(a Journal, and a function that notes the next step's loss and rate)."""
     monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
-    config = SimpleNamespace(batch=5, epochs=9, save_minutes=10, log_every=2, run=folder)
+    config = SimpleNamespace(batch=5, epochs=9, save_minutes=10, log_every=2, tensorboard=False, run=folder)
     saved = contents(0, encoder={"w": torch.tensor([weight])})
     run = SimpleNamespace(config=config, step=0, steps_per_epoch=100, total_steps=900, checkpoint=lambda *of: saved)
     made = common.journal.Journal(run, 1, None, None)

@@ -112,3 +112,32 @@ def test_neighbours_are_200_at_a_temperature_of_7_hundredths_unless_said_otherwi
 def test_where_there_are_no_more_classes_than_are_looked_at_every_label_is_among_them():
     scores, y = torch.tensor([[3.0, 2, 1], [1, 2, 3]]), torch.tensor([2, 0])
     assert [common.metrics.topk(scores, y, k) for k in (1, 2, 3, 5)] == [0, 0, 100, 100]
+
+
+@given(seeds, st.integers(2, 40), st.integers(2, 6), st.sampled_from([1, 2, 5]))
+def test_retrieval_is_the_oracles(seed, n, D, classes):
+    rng = np.random.default_rng(seed)
+    z, y = rng.normal(size=(n, D)), rng.integers(0, classes, n)
+    found = common.metrics.retrieval(torch.tensor(z), torch.tensor(y))
+    assert list(found) == ["recall_at_1", "r_precision", "map_at_r"]
+    assert list(found.values()) == (pytest.approx(oracles.retrieval(z, y)) if len(set(y)) < n else [None] * 3)
+
+
+def test_retrieval_by_hand():
+    """Rows on a line by angle. Of class 0 each has R = 2 others, of class 1 one, and class 2 has one row."""
+    angle = torch.tensor([0.0, 0.1, 0.25, 0.3, 0.7, 1.5])
+    z, y = torch.stack([angle.cos(), angle.sin()], 1), [0, 0, 1, 0, 1, 2]
+    z = z * torch.tensor([[1.0], [5], [1], [2], [1], [9]])  # the length of a row means nothing
+    # row 0: right, wrong    row 1: right, wrong    row 2: wrong    row 3: wrong, right    row 4: wrong
+    found = common.metrics.retrieval(z, torch.tensor(y))
+    assert found["recall_at_1"] == pytest.approx(40) and found["r_precision"] == pytest.approx(30)
+    assert found["map_at_r"] == pytest.approx(100 * (1 / 2 + 1 / 2 + 0 + 1 / 4 + 0) / 5)
+    alone = common.metrics.retrieval(z, torch.arange(6))
+    assert alone == {"recall_at_1": None, "r_precision": None, "map_at_r": None}
+
+
+def test_retrieval_of_many_rows_is_that_of_its_parts(monkeypatch):
+    z, y = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 7
+    whole = common.metrics.retrieval(z, y)
+    monkeypatch.setattr(common.metrics, "SIMILARITIES", 150)  # three queries at a time
+    assert common.metrics.retrieval(z, y) == pytest.approx(whole)

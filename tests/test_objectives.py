@@ -103,6 +103,7 @@ def model_of(**options):
         "seed": 0,
         "arch": "small",
         "stem": "3x3",
+        "size": 32,
         "loss": "supcon",
         "projection": "r-7",
         "ce_weight": 0.0,

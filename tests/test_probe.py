@@ -10,6 +10,7 @@ import torch
 import common.cli
 import common.data
 import common.frozen
+import common.images
 import common.metrics
 import linear_probe
 import reference_numpy as ref
@@ -300,3 +301,42 @@ def test_a_classifier_takes_images_in_any_form_that_cannot_be_mistaken(probed):
     for x in [*wrong, torch.full((1, 3, H, H), torch.nan), images.permute(0, 2, 3, 1)]:
         with pytest.raises(ValueError, match=rf"images must be \(n, 3, {H}, {H}\), uint8 or floating-point numbers in"):
             common.frozen.load_classifier(probed)(x)
+
+
+def test_a_loaded_encoder_gives_r_of_images_in_any_form_that_cannot_be_mistaken(trained, probed):
+    encoder, classifier = common.frozen.load_encoder(trained), common.frozen.load_classifier(probed)
+    images = torch.randint(256, (5, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    r = encoder(images)
+    assert r.shape == (5, 144) and torch.equal(encoder(images[2]), encoder(images[2:3])[0])
+    torch.testing.assert_close(classifier(images), classifier.linear(r))
+    assert torch.equal(common.frozen.load_encoder(trained / "ckpt.pt")(images), r)
+    with pytest.raises(ValueError, match="images must be"):
+        encoder(images.float())
+
+
+@pytest.mark.parametrize("loss", ["supcon", "n-pair", "ce"])
+def test_saved_features_are_those_of_the_run(loss, tmp_path):
+    folder_of(tmp_path, ["train", "test"], ["a", "b"], count=6)
+    run, file = tmp_path / "run", tmp_path / "features.npz"
+    train(*FOLDER, "--data", tmp_path, "--loss", loss, "--precision", "float32", "--run-dir", run)
+    result = probe(run, "--subset", "0.5", "--save-features", file)
+    assert result["recall_at_1"] == 100 and 0 < result["map_at_r"] <= result["r_precision"] <= 100
+    with np.load(file) as saved:  # which refuses to run code
+        arrays = dict(saved)
+    assert arrays["class_names"].tolist() == ["a", "b"] and arrays["train_features"].shape == (6, 144)
+    contents = common.frozen.load_checkpoint(run / "ckpt.pt")
+    encoder = common.frozen.load_encoder(run)
+    for name in ("train", "test"):
+        assert len(arrays[f"{name}_paths"]) == len(arrays[f"{name}_labels"])
+        for path, label, r in zip(arrays[f"{name}_paths"], arrays[f"{name}_labels"], arrays[f"{name}_features"]):
+            assert f"/{name}/{'ab'[label]}/" in path
+            image = common.images.resize_and_crop(common.images.read_image(path), 16)
+            np.testing.assert_allclose(encoder(image), r, rtol=1e-4, atol=1e-5)
+        if loss == "ce":
+            assert f"{name}_z" not in arrays
+            continue
+        w = contents["projection"]
+        hidden = np.maximum(arrays[f"{name}_features"] @ w["0.weight"].numpy().T + w["0.bias"].numpy(), 0)
+        z = hidden @ w["2.weight"].numpy().T + w["2.bias"].numpy()
+        z = z / np.linalg.norm(z, axis=1, keepdims=True) if loss == "supcon" else z
+        np.testing.assert_allclose(arrays[f"{name}_z"], z, rtol=1e-4, atol=1e-5)

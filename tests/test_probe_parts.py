@@ -67,7 +67,7 @@ def test_features_of_an_image_do_not_depend_on_those_beside_it():
 
 
 def test_features_are_brought_to_norm_1_where_training_did_so():
-    x = torch.rand(4, 3, 2, 2)
+    x = torch.rand(4, 3, 16, 16)
     raw, unit = (frozen(torch.nn.Flatten(), normalize_encoder=normalize) for normalize in (False, True))
     torch.testing.assert_close(raw(x), x.flatten(1))
     torch.testing.assert_close(unit(x), F.normalize(x.flatten(1)))

@@ -50,6 +50,28 @@ def test_supcon_gradient_is_the_slope(name, denominator, batch, seed):
     assert_slope(lambda z: getattr(ref, name)(z, y, tau, denominator=denominator), grad, z, seed, tau)
 
 
+@pytest.mark.parametrize("denominator", ["all", "one_positive", "negatives"])
+@pytest.mark.parametrize("variant", ["out", "in"])
+@given(batch=batches(min_images=2), seed=seeds)
+def test_gradients_of_anchors_against_another_set_are_the_slopes(variant, denominator, batch, seed):
+    z, y, tau, _ = batch
+    M, options = len(z) // 2, {"own": 0, "variant": variant, "denominator": denominator}
+    of = lambda anchors, rows: ref.supcon_against(anchors, y[:M], rows, y, tau, **options)
+    grad, grad_rows = ref.supcon_against_grad(z[:M], y[:M], z, y, tau, **options)
+    assert_slope(lambda anchors: of(anchors, z), grad, z[:M], seed, tau)
+    assert_slope(lambda rows: of(z[:M], rows), grad_rows, z, seed, tau)
+
+
+@pytest.mark.parametrize("denominator", ["all", "one_positive", "negatives"])
+@pytest.mark.parametrize("name", ["supcon_out", "supcon_in"])
+@given(batch=batches())
+def test_anchors_against_themselves_have_the_loss_of_one_set(name, denominator, batch):
+    z, y, tau, _ = batch
+    options = {"denominator": denominator, "reduction": "none"}
+    against = ref.supcon_against(z, y, z, y, tau, own=0, variant=name.removeprefix("supcon_"), **options)
+    np.testing.assert_allclose(against, getattr(ref, name)(z, y, tau, **options), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["supcon_out", "supcon_in"])
 @given(batch=batches(views=many_views), images=st.integers(0, 3), seed=seeds)
 def test_capped_gradient_is_the_slope(name, batch, images, seed):

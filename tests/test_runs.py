@@ -27,7 +27,7 @@ LOSSES = {
     "simple-contrastive": ["--nearest", "7"],
     "simclr": ["--augment", "stacked-rand"],
     "ce": [],
-    "supcon-in": ["--queue", "60", "--momentum-encoder", "0.5"],
+    "supcon-in": ["--queue", "60", "--momentum-encoder", "0.5", "--denominator", "negatives"],
 }
 
 

@@ -119,15 +119,15 @@ def test_anchors_against_another_set_are_the_oracles_with_gradients_on_the_sides
     place = data.draw(st.sampled_from([first, None]))
     shift = data.draw(st.sampled_from([0, 1]))  # the two sides may name a row otherwise
     z, y = b.z[first : first + M], np.roll(b.y, shift, axis=0)[first : first + M]
-    exact = oracle.supcon_against(z, y, b.z, b.y, b.tau, own=place, variant=variant)
-    exact_grads = oracle.supcon_against_grad(z, y, b.z, b.y, b.tau, own=place, variant=variant)
+    options = {"own": place, "variant": variant}
+    options["denominator"] = "all" if soft else data.draw(st.sampled_from(losses.DENOMINATORS))
+    exact = oracle.supcon_against(z, y, b.z, b.y, b.tau, **options)
+    exact_grads = oracle.supcon_against_grad(z, y, b.z, b.y, b.tau, **options)
     case = Case("supcon_out")
     wanted = data.draw(st.sampled_from([(True, True), (True, False), (False, True)]))
     rows = [torch.tensor(x.copy(), requires_grad=side) for x, side in zip((z, b.z), wanted)]
     with strips_of(data.draw(st.none() | heights), data.draw(keeps)):
-        loss = losses.supcon_against(
-            rows[0], torch.tensor(y), rows[1], torch.tensor(b.y), b.tau, own=place, variant=variant
-        )
+        loss = losses.supcon_against(rows[0], torch.tensor(y), rows[1], torch.tensor(b.y), b.tau, **options)
         loss.backward()
     assert abs(loss.item() - exact) <= value_bound(exact, case, b, EPS[torch.float64])
     for x, side, exact in zip(rows, wanted, exact_grads):
@@ -682,6 +682,12 @@ BAD = {
     "own no number": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"own": 1.0}, r"1\.0"),
     "own too far": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"own": 3}, r"\b3\b"),
     "variant": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"variant": "up"}, "up"),
+    "denominator": ((torch.ones(3, 2), torch.zeros(3), torch.ones(5, 2), torch.zeros(5)), {"denominator": "X"}, "'X'"),
+    "denominator of probabilities": (
+        (torch.ones(3, 2), torch.zeros(3, 2), torch.ones(5, 2), torch.zeros(5, 2)),
+        {"denominator": "negatives"},
+        "go with denominator='all' alone",
+    ),
 }
 
 

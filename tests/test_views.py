@@ -1,5 +1,8 @@
 """Views of a batch, against torchvision image by image."""
 
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
@@ -7,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
+import common.cli
 import common.data
 import common.views
+from runs import folder_of
 
 SEEDS = st.integers(0, 10**6)
 
@@ -225,3 +230,38 @@ def test_workers_crop_no_more_than_they_are_asked_to_and_stacked_rand_changes_mo
     assert not any(torch.equal(of("crop", 0.2)[0, k], image) for k in range(20) for image in whole)
     change_of = lambda policy: sum((of(policy, 1.0)[0, k].float() - whole[0]).abs().mean() for k in range(60))
     assert change_of("stacked-rand") > 1.05 * change_of("rand")  # of the same keys
+
+
+# ---------------------------------------------------------------- systems without forks
+
+
+def streamed(folder):
+    folder_of(folder, ["train"], ["a", "b"], count=3)
+    return common.data.load_data("folder", folder, True, size=16, stream=True)
+
+
+ITEMS = [[(0, "x", 1), (3, "x", 2)], [(5, "x", 3), (0, "x", 4)]]
+
+
+@pytest.mark.parametrize("augment", common.views.AUGMENTATIONS)
+def test_what_workers_do_reaches_a_process_that_starts_anew(augment, tmp_path):
+    views = common.views.WorkerViews(streamed(tmp_path), augment)
+    sent = pickle.loads(pickle.dumps(views))
+    assert all(torch.equal(views[item], sent[item]) for batch in ITEMS for item in batch)
+
+
+@pytest.mark.parametrize("method, sigchld", [("spawn", common.views.SIGCHLD), ("fork", None)])
+def test_spawned_workers_and_systems_without_sigchld_make_the_same_bits(method, sigchld, tmp_path, monkeypatch):
+    views = common.views.WorkerViews(streamed(tmp_path), "stacked-rand")
+    alone = list(common.views.worker_batches(views, ITEMS, 0))
+    monkeypatch.setattr(common.views, "START_METHOD", method)
+    monkeypatch.setattr(common.views, "SIGCHLD", sigchld)
+    assert all(map(torch.equal, common.views.worker_batches(views, ITEMS, 1), alone))
+
+
+def test_a_file_that_a_spawned_worker_cannot_read_is_named(tmp_path, monkeypatch):
+    data = streamed(tmp_path)
+    Path(data.files[3]).write_bytes(b"no picture")
+    monkeypatch.setattr(common.views, "START_METHOD", "spawn")
+    with pytest.raises(common.cli.Refused, match=data.files[3]):
+        list(common.views.worker_batches(common.views.WorkerViews(data, "crop"), ITEMS, 1))

@@ -30,6 +30,7 @@ REAL = st.sampled_from(["0.001", "0.01", "0.1", "0.5", "1"]) | st.sampled_from(
     ["0", "1e-300", "1e-8", "3", "1e8", "1e300", "-0.1", "nan", "inf"]
 )
 SHORT = {  # what a legal value may cost must stay small: seconds, megabytes
+    "freeze_epochs": st.sampled_from(["0", "1", "2", "-1", "x"]),
     "epochs": st.sampled_from(["1", "2", "2", "1", "0", "x", "1.5"]),
     "size": st.sampled_from(["8", "16", "17", "8", "7", "x"]),
     "limit": st.sampled_from(["2", "20", "60", "40", "1", "0", "x"]),
@@ -37,7 +38,7 @@ SHORT = {  # what a legal value may cost must stay small: seconds, megabytes
     "batch": st.sampled_from(["2", "3", "8", "20", "4", "1", "99999999999999999999", "x"]),
     "projection": st.sampled_from(["8", "r-8", "16-8", "r-r-8", "0", "8-r", "-8", "x"]),
     "workers": st.sampled_from(["0", "1", "-1", "x"]),
-    "arch": st.sampled_from(["small", "resnet18", "vgg"]),
+    "arch": st.sampled_from(["small", "resnet18", "squeezenet1_0", "vgg"]),
     "dataset": st.sampled_from(["shapes", "folder", "fashionmnist", "svhn", "mnist"]),
     "device": st.sampled_from(["cpu", "cuda", "meta", "cpu:0", "cpu:7", "toaster", ""]),
     "compile": st.nothing(),  # minutes of compiling
@@ -45,7 +46,7 @@ SHORT = {  # what a legal value may cost must stay small: seconds, megabytes
 
 
 def values(option, here):
-    if option.name in ("data", "run", "resume", "corrupted", "baseline"):
+    if option.name in ("data", "run", "resume", "corrupted", "baseline", "init", "labels"):
         return (
             st.sampled_from(
                 [
@@ -55,6 +56,8 @@ def values(option, here):
             )
             | ODD
         )
+    if option.name == "save_features_to":
+        return st.sampled_from([str(here / name) for name in ("r.npz", "r.csv", "nowhere/r.npz", "data")]) | ODD
     if option.name in SHORT:
         return SHORT[option.name]
     if isinstance(option.type, click.Choice):
