@@ -432,14 +432,14 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     write_classifier(folder / f"classifier{job.kind}.pt", classifier)
     shared = {"lr": found.cell[0], "augment": augment, "l2_normalize": l2_normalize, "subset": subset, "limit": limit}
     result = {"checkpoint": str(job.checkpoint), "step": job.frozen.step, "dataset": job.dataset, "data": job.place}
-    result |= {"tested_on": job.tested_on, "recipe": recipe}
-    result |= measure(job, found, features, fit.seed) | seconds
+    result |= {"tested_on": job.tested_on, "recipe": recipe} | measure(job, found, features, fit.seed) | seconds
     result |= {"fit": vars(fit) | shared, "torch": torch.__version__}
     report(result, job.frozen.config["loss"])
     write_json(folder / f"probe{job.kind}.json", result)
     if figure:
         r, y = features.r_test, features.y_test
-        say(draw_probe(folder / f"probe{job.kind}.png", result, confusion(found.classifier(r), y), r, y, job.test.classes))
+        table = confusion(found.classifier(r), y)
+        say(draw_probe(folder / f"probe{job.kind}.png", result, table, r, y, job.test.classes))
     if with_baselines:
         result |= baselines(job.frozen, job.train, job.test, cells, fit)
         write_json(folder / f"probe{job.kind}.json", result)

@@ -484,7 +484,7 @@ def test_images_without_classes_train_simclr_alone(tmp_path, monkeypatch, capsys
         line = refusal(pretrain, [*FOLDER, "--data", tmp_path, "--run-dir", run, *others], monkeypatch, capsys)
         assert "without class folders" in line and "DIR/train/CLASS/*.jpg" in line
     line = refusal(linear_probe, [tmp_path / "run0"], monkeypatch, capsys)
-    assert "has images without class folders: a classifier wants DIR/train/CLASS/*.jpg" in line
+    assert "has images without class folders: a classifier wants train/CLASS/*.jpg" in line
 
 
 @pytest.fixture(scope="module")

@@ -478,7 +478,7 @@ MISTAKES = {
          "if config.balanced else share", "if not config.balanced else share", "objectives"),
         ("NT-Xent numbers images row by row",
          "images.repeat(config.views), config.tau", "images.repeat_interleave(config.views), config.tau", "objectives"),
-        ("supcon-in is supcon", 'queue=queue, variant="in")', "queue=queue)", "objectives"),
+        ("supcon-in is supcon", 'queue=queue, variant="in", denom', 'queue=queue, denom', "objectives"),
         ("the margin of max-margin is triplet's",
          "Objective(max_margin, margin=1.0)", "Objective(max_margin, margin=0.2)", "objectives"),
         ("the loss is not scaled", "loss = config.loss_scale * contrast(", "loss = contrast(", "model objectives"),
