@@ -10,9 +10,8 @@
 
 A run folder holds config.json, log.jsonl and checkpoints (common/run_folder.py). `--batch` is the number of images over
 all ranks. Order and views depend on (seed, epoch, place in the global batch) alone: not on the number of ranks, and not
-on whether the run was interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run,
-with status 143 or 130; SIGUSR1 and SIGUSR2 save one, and the run goes on. About half of a
-checkpoint is the optimizer's; torch.load("RUN/ckpt.pt", weights_only=True)["encoder"] is the encoder alone.
+on whether the run was interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run, with status 143 or 130.
+SIGUSR1 and SIGUSR2 save one, and the run goes on. docs/weights.md says how to take the encoder alone.
 """
 
 import contextlib

@@ -85,22 +85,22 @@ def test_what_rank_0_alone_refuses_before_the_first_step_ends_every_rank(tmp_pat
 
 def one_missing(root):
     (root / "train" / "b" / "3.png").unlink()
-    return "it lacks b/3.png of the class b"
+    return "it lacks train/b/3.png of the class b"
 
 
 def another_name(root):
     (root / "train" / "b" / "3.png").rename(root / "train" / "b" / "4.png")
-    return "it lacks b/3.png of the class b"
+    return "it lacks train/b/3.png of the class b"
 
 
 def one_more(root):
     shutil.copy(root / "train" / "b" / "3.png", root / "train" / "b" / "4.png")
-    return "it has b/4.png of the class b as well"
+    return "it has train/b/4.png of the class b as well"
 
 
 def another_class(root):
     (root / "train" / "b").rename(root / "train" / "c")
-    return "it lacks b/0.png of the class b"
+    return "it lacks train/b/0.png of the class b"
 
 
 @pytest.mark.parametrize("options", [[], ["--stream", "--workers", "0"]], ids=["in memory", "streamed"])
