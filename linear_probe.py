@@ -32,10 +32,9 @@ from common.data import DATASETS, STREAMS, Data, Missing, all_but, generator, lo
 from common.data import with_classes_of
 from common.figures import draw_probe, pyplot
 from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, load_encoder, write_classifier
-from common.frozen import checkpoint_of, refuse_features_file, save_features, write_json
+from common.frozen import checkpoint_of, refuse_features_file, save_features, untrained_encoder, write_json
 from common.metrics import best_temperature, confusion, knn_top1, per_class, reliability, retrieval, topk
 from common.metrics import worst_confusions
-from common.models import build_encoder
 from common.optim import learning_rate, logistic_regression, make_optimizer
 from common.presets import PRESETS, as_option
 from common.ranks import choose_device
@@ -175,12 +174,6 @@ def probed_top1(features_of, train, test, cells, fit, device):
 
 def raw_pixels(data):
     return data.images.flatten(1).float() / 255
-
-
-def untrained_encoder(frozen, seed):
-    torch.manual_seed(seed)
-    encoder, _ = build_encoder(frozen.config["arch"], frozen.config["stem"])
-    return Frozen(encoder, frozen.mean, frozen.std, frozen.config, frozen.mean.device, frozen.unit)
 
 
 # ---------------------------------------------------------------- prepare, measure, report

@@ -104,6 +104,13 @@ def frozen_from(contents, path, device, unit=False):
     return frozen
 
 
+def untrained_encoder(frozen, seed):
+    """A Frozen of the same kind whose encoder has its first weights."""
+    torch.manual_seed(seed)
+    encoder, _ = build_encoder(frozen.config["arch"], frozen.config["stem"])
+    return Frozen(encoder, frozen.mean, frozen.std, frozen.config, frozen.mean.device, frozen.unit)
+
+
 def fingerprint(module):
     """A digest of every parameter and buffer, batch-norm statistics included."""
     digest = hashlib.sha256()

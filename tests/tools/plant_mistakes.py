@@ -211,8 +211,6 @@ MISTAKES = {
          '{"nesterov": False, "standardize": False, "warmup": 0.0}', '{"nesterov": False, "warmup": 0.0}', "defaults"),
         ("a recipe overrides what is given", "if k not in given | bound}", "if k not in bound}", "defaults"),
         ("both views of the alignment alike", 'key=("geometry", seed, v)', 'key=("geometry", seed)', "probe"),
-        ("the untrained encoder is the trained one",
-         "return Frozen(encoder, frozen.mean", "return Frozen(frozen.encoder, frozen.mean", "probe_parts"),
         ("the held-out test set is fitted to",
          "return take(train, kept), take(train, held)", "return train, take(train, held)", "images"),
     ],
@@ -326,6 +324,8 @@ MISTAKES = {
          "return lambda r: projection(r) if", "probe"),
         ("saved labels are those of the other set", '"test", test, r_test.cpu())', '"test", train, r_test.cpu())',
          "probe"),
+        ("the untrained encoder is the trained one",
+         "return Frozen(encoder, frozen.mean", "return Frozen(frozen.encoder, frozen.mean", "probe_parts"),
         ("r is not brought to norm 1", "return F.normalize(r) if self.unit else r", "return r", "probe_parts"),
     ],
     "common/images.py": [
