@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT. Copyright (c) 2026 the authors of this file. Version 0.4.0.
-"""Supervised contrastive losses and their relatives, one file that needs nothing but torch (2.9 or newer).
+"""Supervised contrastive losses and their relatives, one file that needs nothing but torch, 2.4 or newer.
 
     from losses import supcon_out
     z = F.normalize(projection(encoder(torch.cat([view0, view1]))))   # (2n, D): all first views, then all second
@@ -27,6 +27,8 @@ Scores are float32 or wider, without autocast and TF32; a half or bfloat16 z get
 float16 that underflows for large N: use a gradient scaler). tau may be a tensor and then gets its gradient; labels and
 class probabilities get none. What is made of scores has no second derivative: create_graph=True raises RuntimeError.
 Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
+Tried on torch 2.4, 2.7, 2.11 and 2.14. torch.compile makes one graph of a loss on the last two, several on 2.7, and
+fails on 2.4.
 """
 import math
 import threading
@@ -455,7 +457,15 @@ class _Ieee:
                 if self.backend.fp32_precision != found:
                     self.backend.fp32_precision = found
 
-IEEE = {True: _Ieee(torch.backends.cuda.matmul), False: _Ieee(torch.backends.mkldnn.matmul)}  # on a GPU, elsewhere
+class _OneSwitch:
+    """Before torch 2.9 one switch served all backends. Here it has the name and the words of the newer ones."""
+    fp32_precision = property(
+        lambda self: torch.get_float32_matmul_precision().replace("highest", "none"),
+        lambda self, word: torch.set_float32_matmul_precision({"ieee": "highest", "none": "highest"}.get(word, word)))
+
+IEEE = dict.fromkeys([True, False], _Ieee(_OneSwitch()))
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    IEEE = {True: _Ieee(torch.backends.cuda.matmul), False: _Ieee(torch.backends.mkldnn.matmul)}  # on a GPU, elsewhere
 
 def _exact_op(fake):
     """Runs a function of tensors in full precision, without autocast, whatever the surroundings say, and without a
@@ -472,6 +482,8 @@ def _exact_op(fake):
                 with torch.autocast(device, enabled=False):
                     return f(*args)
 
+        if not hasattr(torch.Tag, "cudagraph_unsafe"):  # as in torch 2.7: torch.compile then breaks the graph here
+            return exact
         name = f"supcon_{__name__.replace('.', '_')}::{f.__name__}"  # another copy of this file has ops of its own
         unsafe = (torch.Tag.cudagraph_unsafe,)  # strips look at the size of the scores
         schema = torch.library.infer_schema(f, mutates_args=())

@@ -124,6 +124,8 @@ MISTAKES = {
         ("strips: which side wants a gradient", "elif of_b:", "elif False:", "losses theory strips"),
         ("strips: another set's gradient",
          "grads[1].addmm_(G.T, a[I])", "grads[1].addmm_(G.T, -a[I])", "losses theory strips"),
+        ("older torch: the user's precision is not put back",
+         '.replace("highest", "none"),', '.replace("highest", "none").replace("high", "none"),', "strips"),
         ("the precision of another thread lowered",
          "found = self.found.pop()", "found = self.found.pop(0)", "losses theory strips"),
         ("the precision's switch not locked",
