@@ -40,6 +40,9 @@ class Backend(_DummyBackendModule):
     def set_device(self, *device):
         pass
 
+    def manual_seed_all(self, seed):
+        pass
+
 
 _setup_privateuseone_for_python_backend("gpu", Backend())
 DEVICE = torch.device("gpu:0")
@@ -192,7 +195,7 @@ def imitated():
 
 # ---------------------------------------------------------------- steps of pretrain.py
 
-SMALL = "--dataset shapes --size 16 --limit 120 --batch 40 --epochs 1 --log-every 1000".split()
+SMALL = "--dataset shapes --size 16 --limit 120 --batch 40 --epochs 1 --precision float32".split()
 
 
 def pretrain_there(options, run):
@@ -211,8 +214,8 @@ def pretrain_there(options, run):
 
     save = Journal.save_now_and_then
 
-    def saved(self, run):
-        save(self, run)
+    def saved(self, *arguments):
+        save(self, *arguments)
         waits.clear()
 
     Journal.note_step, Journal.save_now_and_then = noted, saved
