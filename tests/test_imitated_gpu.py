@@ -8,7 +8,7 @@ import torch
 
 from children import call
 
-CONFIGURATIONS = ["", "--micro-batch 8", "--queue 100", "--loss simclr --views 3", "--optimizer lars --ce-weight 0.5"]
+CONFIGURATIONS = ["", "--micro-batch 8", "--loss simclr --views 3", "--optimizer lars --ce-weight 0.5"]
 MOST = 2  # synchronisations of a step
 
 
