@@ -643,7 +643,7 @@ MISTAKES = {
          'generator("mix", seed, *step, v, int', 'generator("mix", seed, step[1], v, int', "moves"),
         ("two passes over a part drop other paths", "        self.seed_layers()\n        device", "        device",
          "encoders"),
-        ("every part drops the same paths", 'generator("layers", *self.key, int(self.index[0]))',
+        ("every part drops the same paths", 'generator("layers", *self.key, self.start)',
          'generator("layers", *self.key)', "encoders"),
         ("both views are mixed alike",
          'generator("mix", seed, *step, v, int', 'generator("mix", seed, *step, int', "moves"),
