@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT. Copyright (c) 2026 the authors of this file. Version 0.4.0.
-"""Supervised contrastive losses and their relatives, one file that needs nothing but torch (2.9 or newer).
+"""Supervised contrastive losses and their relatives, one file that needs nothing but torch, 2.4 or newer.
 
     from losses import supcon_out
     z = F.normalize(projection(encoder(torch.cat([view0, view1]))))   # (2n, D): all first views, then all second
@@ -27,6 +27,8 @@ Scores are float32 or wider, without autocast and TF32; a half or bfloat16 z get
 float16 that underflows for large N: use a gradient scaler). tau may be a tensor and then gets its gradient; labels and
 class probabilities get none. What is made of scores has no second derivative: create_graph=True raises RuntimeError.
 Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
+Tried on torch 2.4, 2.7, 2.11 and 2.14. torch.compile makes one graph of a loss on the last two, several on 2.7, and
+fails on 2.4.
 """
 import math
 import threading
@@ -455,7 +457,15 @@ class _Ieee:
                 if self.backend.fp32_precision != found:
                     self.backend.fp32_precision = found
 
-IEEE = {True: _Ieee(torch.backends.cuda.matmul), False: _Ieee(torch.backends.mkldnn.matmul)}  # on a GPU, elsewhere
+class _OneSwitch:
+    """Before torch 2.9 one switch served all backends. Here it has the name and the words of the newer ones."""
+    fp32_precision = property(
+        lambda self: torch.get_float32_matmul_precision().replace("highest", "none"),
+        lambda self, word: torch.set_float32_matmul_precision({"ieee": "highest", "none": "highest"}.get(word, word)))
+
+IEEE = dict.fromkeys([True, False], _Ieee(_OneSwitch()))
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    IEEE = {True: _Ieee(torch.backends.cuda.matmul), False: _Ieee(torch.backends.mkldnn.matmul)}  # on a GPU, elsewhere
 
 def _exact_op(fake):
     """Runs a function of tensors in full precision, without autocast, whatever the surroundings say, and without a
@@ -472,6 +482,8 @@ def _exact_op(fake):
                 with torch.autocast(device, enabled=False):
                     return f(*args)
 
+        if not hasattr(torch.Tag, "cudagraph_unsafe"):  # as in torch 2.7: torch.compile then breaks the graph here
+            return exact
         name = f"supcon_{__name__.replace('.', '_')}::{f.__name__}"  # another copy of this file has ops of its own
         unsafe = (torch.Tag.cudagraph_unsafe,)  # strips look at the size of the scores
         schema = torch.library.infer_schema(f, mutates_args=())
@@ -544,7 +556,8 @@ def _positive_sums(rows, y_a, y_b, own):
         rows, y_a, y_b = rows.to(wide), y_a.to(wide), y_b.to(wide)  # a small overlap of classes is a difference
         sums = _Scores.apply(y_a, _Scores.apply(rows.T, y_b.T, None), None)
     else:
-        count = len(y_a) + len(y_b) if torch.compiler.is_compiling() else 1 + int(torch.maximum(y_a.max(), y_b.max()))
+        known = not torch.compiler.is_compiling() and rows.device.type == "cpu"  # a look at it waits for a GPU
+        count = len(y_a) + len(y_b) if not known else 1 + int(torch.maximum(y_a.max(), y_b.max()))
         of_classes = rows.new_zeros(count, rows.shape[1], dtype=wide).index_add(0, y_b, rows.to(wide))
         sums = of_classes.index_select(0, y_a).to(dtype)
     if own is not None:
@@ -562,21 +575,21 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx, a, b, y_a, y_b, own):
         few = len(a) * (len(a) // 2 if b is None else len(b)) <= KEPT
         keep = few and any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
-        log_sum, *kept = _log_sums(a, b, y_a, y_b, own, keep)
-        ctx.save_for_backward(a, b, y_a, y_b, log_sum, *kept)
+        log_sum, small, *kept = _log_sums(a, b, y_a, y_b, own, keep)
+        ctx.save_for_backward(a, b, y_a, y_b, log_sum, small, *kept)
         ctx.own = own
         return log_sum
 
     @staticmethod
     def backward(ctx, slope):
-        a, b, y_a, y_b, log_sum, *kept = ctx.saved_tensors
-        grads = _log_sums_grad(a, b, y_a, y_b, ctx.own, slope, log_sum, kept, ctx.needs_input_grad[1])
+        a, b, y_a, y_b, log_sum, small, *kept = ctx.saved_tensors
+        grads = _log_sums_grad(a, b, y_a, y_b, ctx.own, slope, log_sum, small, kept, ctx.needs_input_grad[1])
         return *grads, *[None] * (5 - len(grads))
 
-@_exact_op(lambda a, b, y_a, *rest: [a.new_empty(1 if y_a is None else 2, len(a))])
+@_exact_op(lambda a, b, y_a, *rest: [a.new_empty(1 if y_a is None else 2, len(a)), torch.empty((), dtype=torch.bool)])
 def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | None, own: int | None,
               keep: bool) -> list[Tensor]:
-    """[log_sum, and the strips if the backward is to have them]"""
+    """[log_sum, whether _are_small, and the strips if the backward is to have them]"""
     small = _are_small(a, b, y_a)
     kept = []
     log_sum = a.new_full((1 if y_a is None else 2, len(a)), -torch.inf)
@@ -587,13 +600,13 @@ def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | Non
                 total[I.stop :] = total[I.stop :].logaddexp2(_log_sum(part[:, len(s) :], 0, small))
         if keep:
             kept.append(s)
-    return [log_sum, *kept]
+    return [log_sum, torch.tensor(small), *kept]
 
 @_exact_op(lambda a, b, *rest: [torch.empty_like(x) for x in (a, b)[: 1 + rest[-1]]])
 def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | None, own: int | None,
-                   slope: Tensor, log_sum: Tensor, kept: list[Tensor], of_b: bool) -> list[Tensor]:
+                   slope: Tensor, log_sum: Tensor, small: Tensor, kept: list[Tensor], of_b: bool) -> list[Tensor]:
     """[the gradient in a, and in b if of_b], from slope, that in log_sum: dL/ds_ij = slope_i 2^(s_ij - log_sum_i)."""
-    small = _are_small(a, b, y_a)
+    small = bool(small)
     log_sum = log_sum.masked_fill(slope == 0, torch.inf)  # -inf for an anchor left out, and -inf - -inf is nan
     factor = slope * torch.exp2(-log_sum) if small else slope
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]

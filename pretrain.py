@@ -126,7 +126,7 @@ def training_step(run, batch):
         return cached_gradients(run, batch, parts)
     x, y = batch.views()
     z, logits = run.parallel(x)  # (V n_r, D)
-    loss = total_loss(config, z, logits, y, batch.index.to(z.device), run.contrasts())
+    loss = total_loss(config, z, logits, y, batch.index, run.contrasts())
     loss.backward()
     enqueue(run, [(x, y)])
     return loss.detach(), z.detach()
@@ -144,8 +144,7 @@ def cached_gradients(run, batch, parts):
     config, views = run.config, run.config.views
     encoded, y = encode_without_graph(run, parts)
     z, *logits = outputs = [join(rows, views).requires_grad_() for rows in encoded]
-    images = batch.index.to(z.device)
-    loss = total_loss(config, z, logits[0] if logits else None, y, images, run.contrasts())
+    loss = total_loss(config, z, logits[0] if logits else None, y, batch.index, run.contrasts())
     gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
     encode_with_graph(run, parts, [None if g is None else cut(g, views, len(parts[0])) for g in gradients])
     enqueue(run, (part.views() for part in parts))

@@ -39,7 +39,12 @@ class ViewParameters(NamedTuple):
         return ViewParameters(*(parameter[rows] for parameter in self[:-1]), self.order)
 
     def to(self, device):
-        return ViewParameters(*(parameter.to(device) for parameter in self[:-1]), self.order)
+        return ViewParameters(*(send(parameter, device) for parameter in self[:-1]), self.order)
+
+
+def send(x, device):
+    """x on the device. A GPU fetches it by itself, and the CPU does not wait."""
+    return x.to(device) if device.type in ("cpu", "mps") else x.pin_memory().to(device, non_blocking=True)
 
 
 def draw_view(n, size, augment, g, crop=True, crop_min=0.2, jitter=0.5):
@@ -129,7 +134,8 @@ def blur(x, sigma):
 
 def luma(x):
     """Rec. 601 grey, as torchvision's rgb_to_grayscale: (n, 1, H, W)."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = x.split(1, 1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 def blend(x, other, factor):
@@ -268,11 +274,12 @@ class Batch:
     """Some images of a step, and what their views are drawn from. The views are made when they are asked for.
 
     pixels: a list with one (m, 3, H, H) uint8 tensor for each view; labels (m,); index (m,), the images' places in the
-    global batch; draws: a list with the ViewParameters of these images for each view; key: (seed, epoch, step).
+    global batch, of which `start` is the first; draws: a list with the ViewParameters of these images for each view;
+    key: (seed, epoch, step). All tensors are on the device.
     """
 
-    def __init__(self, config, pixels, labels, index, draws, key, mean, std):
-        self.config, self.pixels, self.labels, self.index = config, pixels, labels, index
+    def __init__(self, config, pixels, labels, index, start, draws, key, mean, std):
+        self.config, self.pixels, self.labels, self.index, self.start = config, pixels, labels, index, start
         self.draws, self.key, self.mean, self.std = draws, key, mean, std
 
     def __len__(self):
@@ -284,7 +291,8 @@ class Batch:
 
     def part(self, rows):
         pixels, draws = [p[rows] for p in self.pixels], [draw.of(rows) for draw in self.draws]
-        return Batch(self.config, pixels, self.labels[rows], self.index[rows], draws, self.key, self.mean, self.std)
+        place = self.index[rows], self.start + rows.start
+        return Batch(self.config, pixels, self.labels[rows], *place, draws, self.key, self.mean, self.std)
 
     def views(self):
         """(x, y): the views (V m, 3, H, H), view by view, and their labels (V m,), or (V m, C) of mixed images.
@@ -292,9 +300,8 @@ class Batch:
         What the layers of an encoder draw next, by dropout and the like, belongs to this part of this step.
         """
         self.seed_layers()
-        device = self.mean.device
         sources = zip(self.pixels, self.draws)
-        made = [make_view(pixels, draw.to(device), self.mean, self.std) for pixels, draw in sources]
+        made = [make_view(pixels, draw, self.mean, self.std) for pixels, draw in sources]
         labels = [self.labels] * len(made)
         if self.config.mix:
             made, labels = zip(*(self.mixed(view, v) for v, view in enumerate(made)))
@@ -302,11 +309,11 @@ class Batch:
 
     def seed_layers(self):
         """So two passes over a part drop the same, and so does a run that goes on."""
-        torch.manual_seed(generator("layers", *self.key, int(self.index[0])).initial_seed())
+        torch.manual_seed(generator("layers", *self.key, self.start).initial_seed())
 
     def mixed(self, view, v):
         seed, *step = self.key
-        g = generator("mix", seed, *step, v, int(self.index[0]))
+        g = generator("mix", seed, *step, v, self.start)
         return mixed(view, self.labels, self.config.num_classes, self.config.mix, self.config.mix_alpha, g)
 
 
@@ -315,6 +322,7 @@ def make_batches(config, data, ranks, mean, std, first_step):
     device, share = ranks.device, config.batch // ranks.world
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)  # of the global batch
     index, labels = torch.arange(mine.start, mine.stop), data.labels.to(device)
+    on_device = index.to(device)
     in_workers = data.files is not None or config.augment in POLICIES
     images = None if in_workers else data.images.to(device)
     steps = len(labels) // config.batch  # of an epoch
@@ -325,11 +333,11 @@ def make_batches(config, data, ranks, mean, std, first_step):
         if in_workers:
             source = pixels_from_workers(config, data, rows, index, epoch, first, device)
         else:
-            source = ([images[r.to(device)]] * config.views for r in rows)
+            source = ([images[send(r, device)]] * config.views for r in rows)
         for position, (r, pixels) in enumerate(zip(rows, source), first):
-            draws = [draw.of(mine) for draw in draw_views(config, epoch, position, crop=not in_workers)]
+            draws = [draw.of(mine).to(device) for draw in draw_views(config, epoch, position, crop=not in_workers)]
             key = config.seed, epoch, position
-            yield Batch(config, pixels, labels[r.to(device)], index, draws, key, mean, std)
+            yield Batch(config, pixels, labels[send(r, device)], on_device, mine.start, draws, key, mean, std)
 
 
 def order_of(config, labels, epoch):

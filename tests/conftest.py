@@ -36,10 +36,10 @@ def state_of_the_process():
         "all": backends,
         "CUDA": backends.cuda.matmul,
         "cuDNN": backends.cudnn,
-        "cuDNN conv": backends.cudnn.conv,
+        "cuDNN conv": getattr(backends.cudnn, "conv", None),  # from torch 2.9 on, as the next two
         "oneDNN": backends.mkldnn,
-        "oneDNN matmul": backends.mkldnn.matmul,
-        "oneDNN conv": backends.mkldnn.conv,
+        "oneDNN matmul": getattr(backends.mkldnn, "matmul", None),
+        "oneDNN conv": getattr(backends.mkldnn, "conv", None),
     }
     state = {f"fp32_precision ({name})": getattr(place, "fp32_precision", None) for name, place in places.items()}
     state |= {

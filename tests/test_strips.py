@@ -608,6 +608,16 @@ def test_threads_that_overlap_anyhow_lose_no_setting():
     assert len(seen) == 400 and set(seen) == {"ieee"} and backend.value == "tf32"
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_one_switch_of_older_torch_is_exact_inside_and_the_users_again_outside(precision, monkeypatch):
+    switch = [precision]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: switch[-1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", switch.append)
+    with losses._Ieee(losses._OneSwitch()):
+        assert switch[-1] == "highest"
+    assert switch[-1] == precision and set(switch) <= {"highest", "high", "medium"}
+
+
 def test_an_inherited_precision_stays_inherited():
     z, y = rows_of(8, 2, 4).float(), torch.arange(16) % 3
     backends = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
