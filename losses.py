@@ -557,7 +557,7 @@ def _positive_sums(rows, y_a, y_b, own):
         sums = _Scores.apply(y_a, _Scores.apply(rows.T, y_b.T, None), None)
     else:
         known = not torch.compiler.is_compiling() and rows.device.type == "cpu"  # a look at it waits for a GPU
-        count = len(y_a) + len(y_b) if not known else 1 + int(torch.maximum(y_a.max(), y_b.max()))
+        count = 1 + int(torch.maximum(y_a.max(), y_b.max())) if known else len(y_a) + len(y_b)
         of_classes = rows.new_zeros(count, rows.shape[1], dtype=wide).index_add(0, y_b, rows.to(wide))
         sums = of_classes.index_select(0, y_a).to(dtype)
     if own is not None:
