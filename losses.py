@@ -30,6 +30,7 @@ Shapes and options that cannot be meant raise ValueError; values are not looked 
 Tried on torch 2.4, 2.7, 2.11 and 2.14. torch.compile makes one graph of a loss on the last two, several on 2.7, and
 fails on 2.4.
 """
+import functools
 import math
 import threading
 
@@ -238,7 +239,8 @@ def max_margin(z: Tensor, y: Tensor, margin: float = 1.0, *, reduction: str = "m
     """
     p, n = _positives_negatives(z, y)
     z = _widen(z)
-    D = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")  # its gradient at D = 0 is 0
+    distances = functools.partial(torch.cdist, x2=z, compute_mode="donot_use_mm_for_euclid_dist")  # gradient 0 at 0
+    D = torch.cat([distances(rows) for rows in z.split(256)])  # CUDA's backward takes len(rows) N D numbers at a time
     pair = torch.where(p, D.square() / 2, 0) + torch.where(n, F.relu(margin - D).square() / 2, 0)
     loss = pair.sum(1) / max(len(z) - 1, 1)  # Hadsell
     valid = p.any(1)

@@ -195,8 +195,7 @@ class Queue:
     def follow(self, model):
         """Moves the momentum encoder towards the model."""
         self.model.freeze(model.is_frozen)
-        for mine, theirs in zip(self.model.parameters(), model.parameters()):
-            mine.lerp_(theirs, 1 - self.momentum)
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - self.momentum)
 
     @torch.no_grad()
     def encode(self, views):

@@ -1,4 +1,7 @@
-"""Learning-rate schedules, LARS, TensorFlow's RMSProp, and logistic regression by L-BFGS."""
+"""Learning-rate schedules, LARS, TensorFlow's RMSProp, and logistic regression by L-BFGS.
+
+The optimisers use torch._foreach functions, as torch.optim does: one call, and on a GPU a few kernels, for all tensors.
+"""
 
 import math
 
@@ -63,19 +66,24 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                g, ratio = w.grad, 1.0
-                if w.ndim > 1:
-                    g = g + group["weight_decay"] * w
-                    a, b = w.norm(), g.norm()
-                    ratio = torch.where((a > 0) & (b > 0), group["eta"] * a / b, 1.0)
-                if not self.state[w]:
-                    self.state[w]["momentum"] = torch.zeros_like(w)
-                v = self.state[w]["momentum"]
-                v.mul_(group["momentum"]).add_(group["lr"] * ratio * g)
-                w.sub_(v)
+            learning = [w for w in group["params"] if w.grad is not None]
+            matrices, vectors = [w for w in learning if w.ndim > 1], [w for w in learning if w.ndim < 2]
+            if matrices:
+                g = torch._foreach_add([w.grad for w in matrices], matrices, alpha=group["weight_decay"])
+                a, b = torch.stack(torch._foreach_norm(matrices)), torch.stack(torch._foreach_norm(g))
+                ratio = torch.where((a > 0) & (b > 0), group["eta"] * a / b, 1.0)
+                self.move(matrices, torch._foreach_mul(g, (group["lr"] * ratio).unbind()), group["momentum"])
+            if vectors:
+                self.move(vectors, torch._foreach_mul([w.grad for w in vectors], group["lr"]), group["momentum"])
+
+    def move(self, weights, changes, momentum):
+        for w in weights:
+            if not self.state[w]:
+                self.state[w]["momentum"] = torch.zeros_like(w)
+        v = [self.state[w]["momentum"] for w in weights]
+        torch._foreach_mul_(v, momentum)
+        torch._foreach_add_(v, changes)
+        torch._foreach_sub_(weights, v)
 
 
 class RMSProp(torch.optim.Optimizer):
@@ -94,16 +102,19 @@ class RMSProp(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
+            weights = [w for w in group["params"] if w.grad is not None]
+            if not weights:
+                continue
+            for w in weights:
                 if not self.state[w]:
                     self.state[w] |= {"square": torch.ones_like(w), "momentum": torch.zeros_like(w)}
-                s, v = self.state[w]["square"], self.state[w]["momentum"]
-                g = w.grad + group["weight_decay"] * w
-                s.lerp_(g * g, 1 - group["decay"])
-                v.mul_(group["momentum"]).add_(group["lr"] * g / (s + group["eps"]).sqrt())
-                w.sub_(v)
+            s, v = [self.state[w]["square"] for w in weights], [self.state[w]["momentum"] for w in weights]
+            g = torch._foreach_add([w.grad for w in weights], weights, alpha=group["weight_decay"])
+            torch._foreach_lerp_(s, torch._foreach_mul(g, g), 1 - group["decay"])
+            root = torch._foreach_sqrt(torch._foreach_add(s, group["eps"]))
+            torch._foreach_mul_(v, group["momentum"])
+            torch._foreach_add_(v, torch._foreach_div(torch._foreach_mul(g, group["lr"]), root))
+            torch._foreach_sub_(weights, v)
 
 
 def make_optimizer(config, groups, lr):

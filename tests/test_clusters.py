@@ -100,7 +100,7 @@ def one_more(root):
 
 def another_class(root):
     (root / "train" / "b").rename(root / "train" / "c")
-    return "it lacks train/b/0.png of the class b"
+    return "it lacks the class b"
 
 
 @pytest.mark.parametrize("options", [[], ["--stream", "--workers", "0"]], ids=["in memory", "streamed"])
