@@ -66,8 +66,9 @@ def require_same_on_every_rank(data, root, ranks):
     """Raises Refused on every rank where one of them has other classes, labels or names of images than rank 0."""
     names = [os.path.relpath(path, root) for path in data.paths or ()]  # the root may differ from node to node
     names = names or [f"image {row}" for row in range(len(data.labels))]
-    labelled = (f"{name} of the class {data.classes[label]}" for name, label in zip(names, data.labels.tolist()))
-    mine = sorted([*(f"the class {name}" for name in data.classes), *labelled])
+    if data.classes:
+        names = [f"{name} of the class {data.classes[label]}" for name, label in zip(names, data.labels.tolist())]
+    mine = sorted([*(f"the class {name}" for name in data.classes), *names])
     digest = hashlib.sha256("\0".join(mine).encode(errors="surrogateescape")).digest()
     (unlike,) = ranks.largest(digest != ranks.from_first(digest))
     if not unlike:

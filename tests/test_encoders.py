@@ -116,6 +116,6 @@ def test_a_run_that_goes_on_drops_the_paths_that_it_would_have_dropped(small_fam
 def test_the_paths_that_are_dropped_move_with_step_and_part_and_seed():
     drawn = []
     for key, place in (((0, 0, 0), 0), ((0, 0, 0), 5), ((0, 0, 1), 0), ((0, 1, 0), 0), ((1, 0, 0), 0), ((0, 0, 0), 0)):
-        common.views.Batch(None, [], [], torch.tensor([place]), [], key, None, None).seed_layers()
+        common.views.Batch(None, [], [], torch.tensor([place]), place, [], key, None, None).seed_layers()
         drawn.append(torch.rand(1).item())
     assert drawn[0] == drawn[-1] and len(set(drawn)) == 5

@@ -173,7 +173,7 @@ def journal(folder, monkeypatch, steps, **options):
     for run.step in range(1, steps + 1):
         now[0] += 240
         journal.note_step(run, torch.tensor(1.0), 0.1)
-        journal.save_now_and_then(run)
+        journal.save_now_and_then(run, asked=False)
     journal.folder.close()
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], saved[1:]
 
@@ -194,7 +194,8 @@ def test_seconds_and_images_a_second_are_those_of_training_alone(tmp_path, monke
     now = [0.0]
     monkeypatch.setattr(common.journal.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
-    config = SimpleNamespace(batch=50, epochs=2, save_minutes=1e9, log_every=4, tensorboard=False, run=tmp_path / "run")
+    config = SimpleNamespace(batch=50, epochs=2, save_minutes=1e9, log_every=4, keep_every=None, tensorboard=False,
+                             run=tmp_path / "run")
     contents = lambda losses, seconds: {"encoder": {}}
     run = SimpleNamespace(config=config, step=0, steps_per_epoch=4, total_steps=8, checkpoint=contents)
     journal = common.journal.Journal(run, 1, None, None)

@@ -195,6 +195,7 @@ def test_first_weights_move_with_the_seed_and_stay_without():
             seed=seed,
             arch="small",
             stem="3x3",
+            size=16,
             loss="supcon",
             projection="r-8",
             ce_weight=0.5,
