@@ -164,6 +164,17 @@ def test_auto_extends_a_run_and_takes_no_run_of_other_options(trained, tmp_path,
     assert log_of(run)[-1]["epoch"] == 5
 
 
+def test_more_than_two_ranks_go_on_with_the_bits_of_an_unbroken_run(tmp_path):
+    """Of three numbers, unlike two, the order in which they are added decides the bits of the sum."""
+    command = [*SMALL, "--limit", "60", "--batch", "30", "--schedule", "constant", "--warmup", "0.2"]
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    launches = [start("pretrain", *command, "--epochs", "2", "--run-dir", whole, ranks=3),
+                start("pretrain", *command, "--epochs", "1", "--run-dir", half, ranks=3)]
+    assert [launch.wait().status for launch in launches] == [0, 0]
+    assert start("pretrain", "--resume", half, "--epochs", "2", ranks=3).wait().status == 0
+    assert same_bits(state_of(half), state_of(whole)) and log_of(half) == log_of(whole)
+
+
 def ranks_of(launcher):
     """The process ids of the ranks that a torchrun has running."""
     try:
