@@ -233,8 +233,10 @@ class Run:
     def join(self, ranks):
         """From now on the ranks add up their gradients. They all have to call this."""
         if ranks.world > 1:
-            frozen_first = self.config.freeze_epochs > 0  # then the encoder gets no gradient for a while
-            self.parallel = DistributedDataParallel(self.model, find_unused_parameters=frozen_first)
+            # A frozen encoder gets no gradient for a while. And to look for parameters without one keeps the order in
+            # which gradients travel, which else changes after the first step, and with it, in a resumed run, the bits.
+            look = self.config.freeze_epochs > 0 or ranks.device.type == "cpu"
+            self.parallel = DistributedDataParallel(self.model, find_unused_parameters=look)
 
     @property
     def ends_epoch(self):

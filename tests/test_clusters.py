@@ -9,6 +9,8 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import common.data
 import common.ranks
 import pretrain
 import results_table
-from children import Launch, run_script, start
+from children import ENVIRONMENT, PROJECT, Launch, run_script, start
 from common.run_folder import load_checkpoint
 from runs import FOLDER, SMALL, files_in, folder_of, log_of, probe, refusal, same_bits, state_of, torchrun, train
 
@@ -162,6 +164,17 @@ def test_auto_extends_a_run_and_takes_no_run_of_other_options(trained, tmp_path,
     assert log_of(run)[-1]["epoch"] == 5
 
 
+def test_more_than_two_ranks_go_on_with_the_bits_of_an_unbroken_run(tmp_path):
+    """Of three numbers, unlike two, the order in which they are added decides the bits of the sum."""
+    command = [*SMALL, "--limit", "60", "--batch", "30", "--schedule", "constant", "--warmup", "0.2"]
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    launches = [start("pretrain", *command, "--epochs", "2", "--run-dir", whole, ranks=3),
+                start("pretrain", *command, "--epochs", "1", "--run-dir", half, ranks=3)]
+    assert [launch.wait().status for launch in launches] == [0, 0]
+    assert start("pretrain", "--resume", half, "--epochs", "2", ranks=3).wait().status == 0
+    assert same_bits(state_of(half), state_of(whole)) and log_of(half) == log_of(whole)
+
+
 def ranks_of(launcher):
     """The process ids of the ranks that a torchrun has running."""
     try:
@@ -203,6 +216,42 @@ def test_a_rank_that_is_killed_is_started_again_and_the_run_goes_on(tmp_path):
 @pytest.mark.parametrize("seed", range(1, 11))
 def test_ranks_that_are_killed_three_times_end_with_the_bits_of_an_unbroken_run(seed, tmp_path):
     kill_a_rank_again_and_again(tmp_path, kills=3, seed=seed, epochs=80)
+
+
+def node_of_two(node, folder, port, *arguments):
+    """A launch of torchrun in folder/node, as on one of two machines that share no disk. Rank 0 is on node 0."""
+    (folder / node).mkdir(exist_ok=True)
+    at = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-id=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    name = f"--local-addr=127.0.0.{1 + int(node)}"  # torchrun numbers the nodes in the order of their addresses
+    command = [sys.executable, "-m", "torch.distributed.run", *at, name, PROJECT / "pretrain.py", *arguments]
+    with open(folder / f"said-{node}", "a") as said:
+        return subprocess.Popen([*map(str, command)], cwd=folder / node, env=os.environ | ENVIRONMENT, stdout=said,
+                                stderr=said)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.long
+def test_two_launches_of_torchrun_that_are_killed_go_on_from_the_folder_of_node_0(tmp_path):
+    command = [*SMALL, "--epochs", "30", "--save-minutes", "0", "--run-dir"]
+    assert start("pretrain", *command, tmp_path / "whole", ranks=2).wait().status == 0
+    port, run = free_port(), tmp_path / "0" / "run"
+    killed = [node_of_two(node, tmp_path, port, *command, "run", "--resume", "auto") for node in "01"]
+    wait_until(lambda: (run / "log.jsonl").exists() and len(log_of(run)) > 20)
+    for pid in [rank for node in killed for rank in [node.pid, *ranks_of(node)]]:
+        os.kill(pid, signal.SIGKILL)
+    for node in killed:
+        node.wait()
+    assert 0 < state_of(run)["step"] < 120
+    port = free_port()
+    again = [node_of_two(node, tmp_path, port, *command, "run", "--resume", "auto") for node in "01"]
+    assert [node.wait(timeout=200) for node in again] == [0, 0], (tmp_path / "said-0").read_text()
+    assert same_bits(state_of(run), state_of(tmp_path / "whole")) and log_of(run) == log_of(tmp_path / "whole")
+    assert not list((tmp_path / "1").iterdir())
 
 
 # ---------------------------------------------------------------- the ranks meet, or say why not

@@ -20,6 +20,7 @@ import linear_probe
 import pretrain
 from children import call, run_script, start, workers_of
 from kill_and_resume import WAYS, kill_and_resume
+from common.run_folder import newest_checkpoint
 from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal, same_bits, state_of, torchrun, train
 
 pytestmark = pytest.mark.seeds_torch
@@ -43,6 +44,21 @@ def wait_for_step(folder, step, running):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_killed_at_a_random_moment_ends_with_the_bits_of_an_unbroken_one(way, tmp_path):
     kill_and_resume(way, tmp_path, kills=1, seed=list(WAYS).index(way), epochs=4)
+
+
+@pytest.mark.long
+def test_copies_of_a_folder_that_is_being_written_all_resume_to_the_same_bits(long, tmp_path):
+    writing = start("pretrain", *LONG, "--save-minutes", "0", "--run-dir", tmp_path / "run")
+    copies = [tmp_path / f"copy-{step}" for step in (5, 15, 25, 35)]
+    for step, copy in zip((5, 15, 25, 35), copies):
+        wait_for_step(tmp_path / "run", step, writing.running)
+        subprocess.run(["cp", "-r", tmp_path / "run", copy], stderr=subprocess.DEVNULL)  # a file may go meanwhile
+    assert writing.running() and writing.wait().status == 0
+    for step, copy in zip((5, 15, 25, 35), copies):
+        assert step - 2 < newest_checkpoint(copy)[0]["step"] < 60
+        assert start("pretrain", "--resume", copy).wait().status == 0
+        assert same_bits(state_of(copy), state_of(long))
+        assert all(entry in log_of(long) for entry in log_of(copy))  # its log may have been copied before the rest
 
 
 @pytest.mark.long

@@ -181,6 +181,8 @@ MISTAKES = {
          "                refuse_unusable(Path(config.run), resuming=resumed is not None)\n        ranks.meet()\n",
          "        complete(config, ranks.world)\n        if ranks.rank == 0:\n"
          "            refuse_unusable(Path(config.run), resuming=resumed is not None)\n", "nothing_lost"),
+        ("the order of the gradients changes after the first step",
+         ' or ranks.device.type == "cpu"', "", "clusters"),
         ("a run goes on from the checkpoint of its own node",
          "    if ranks.rank == 0:\n            found = read(", "    if True:\n            found = read(", "clusters"),
     ],
