@@ -342,10 +342,18 @@ def _world_size():
 
 def _sum_over_ranks(x):
     """Its gradient is the sum of the ranks' gradients."""
-    if _world_size() == 1:
+    return x if _world_size() == 1 else _AllReduce.apply(x)
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)  # all_reduce adds up memory, whatever its strides
+        dist.all_reduce(x)
         return x
-    from torch.distributed.nn.functional import all_reduce  # which not every build of torch has
-    return all_reduce(x, group=dist.group.WORLD)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _AllReduce.apply(g)
 
 # ---------------------------------------------------------------- sets, checks, means
 

@@ -233,9 +233,10 @@ class Run:
     def join(self, ranks):
         """From now on the ranks add up their gradients. They all have to call this."""
         if ranks.world > 1:
-            # A frozen encoder gets no gradient for a while. And to look for parameters without one keeps the order in
-            # which gradients travel, which else changes after the first step, and with it, in a resumed run, the bits.
-            look = self.config.freeze_epochs > 0 or ranks.device.type == "cpu"
+            # A frozen encoder gets no gradient for a while. Looking for such parameters also keeps the order in which
+            # gradients travel. Otherwise it changes after the first step, and from three numbers on the order decides
+            # the last bits of a sum, so that a resumed run would part from one that never stopped.
+            look = self.config.freeze_epochs > 0 or ranks.device.type == "cpu" and ranks.world > 2
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=look)
 
     @property
