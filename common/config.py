@@ -251,10 +251,7 @@ def read(context, resume, options):
     refuse_two_rates(given)
     config = Config(**options, streams=STREAMS)
     fill_in_defaults(config)
-    for names, has_meaning, where in MEANT_FOR:
-        idle = given & set(names)
-        require(not idle or has_meaning(config),
-            f"{flags(context, idle)} has a meaning for {where} alone: leave it out")
+    refuse_idle(context, config, given)
     if resume == "auto" and any(is_there(Path(config.run, name)) for name in CHECKPOINTS):
         return read_same(context, Path(config.run), options, given)
     if config.init is not None:
@@ -280,6 +277,14 @@ MEANT_FOR = [  # (options, whether they have a meaning in a config, where they h
     (["stem"], lambda c: has_stem(c.arch), "the ResNets"),
     (["freeze_epochs"], lambda c: c.init, "--init"),
 ]
+
+
+def refuse_idle(context, config, given):
+    """Raises Refused for an option that is given and has no meaning beside the others."""
+    for names, has_meaning, where in MEANT_FOR:
+        idle = given & set(names)
+        require(not idle or has_meaning(config),
+            f"{flags(context, idle)} has a meaning for {where} alone: leave it out")
 
 
 def several_gpus():
@@ -325,6 +330,7 @@ def read_resumed(context, run, options, given):
     config, contents = read_newest(run)
     changed = {k for k in given - MAY_CHANGE if options[k] != getattr(config, k)}
     require(not changed, f"--resume keeps the run's recipe: leave out {flags(context, changed)}, or start a new run")
+    refuse_idle(context, config, given)
     changes = {k: options[k] for k in given & MAY_CHANGE} | {"run": str(run)}
     return dataclasses.replace(config, **changes), contents
 

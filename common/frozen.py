@@ -145,7 +145,7 @@ def refuse_features_file(path, l2_normalize):
     if path is None:
         return
     folder = path.absolute().parent
-    if path.suffix != ".npz" or not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if path.suffix != ".npz" or path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise Refused(f"--save-features {path} must be FILE.npz in a folder that can be written: name another")
     if l2_normalize:
         raise Refused("--save-features writes r as the run's own heads see it: leave --l2-normalize out")

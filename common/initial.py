@@ -94,7 +94,8 @@ def read_weights(init, arch):
         return of_run(init, arch)
     for name in NESTED:
         contents = contents[name] if isinstance(contents.get(name), dict) else contents
-    tensors = {name: entry for name, entry in contents.items() if isinstance(entry, torch.Tensor)}
+    tensors = {name: entry for name, entry in contents.items()
+               if isinstance(name, str) and isinstance(entry, torch.Tensor)}
     return Weights(tensors, *map(torch.tensor, IMAGENET))
 
 
@@ -111,9 +112,12 @@ def published(arch):
     """The Weights that torchvision publishes for a model of its own. It keeps what it downloads."""
     weights = torchvision.models.get_model_weights(arch).DEFAULT
     try:
-        entries = torchvision.models.get_model(arch, weights=weights).state_dict()
+        model = torchvision.models.get_model(arch, weights=weights)
     except (OSError, RuntimeError) as e:  # no way to the file, or a wrong checksum
         raise Refused(f"--init {PUBLISHED}: {weights.url} cannot be fetched ({e}): "
                       "fetch it elsewhere, and name the file") from e
     images = weights.transforms()
-    return Weights(entries, torch.tensor(images.mean), torch.tensor(images.std))
+    mean, std = images.mean, images.std
+    if getattr(model, "transform_input", False):  # googlenet and inception_v3 bring ImageNet's scale to this one
+        mean, std = [0.5] * 3, [0.5] * 3
+    return Weights(model.state_dict(), torch.tensor(mean), torch.tensor(std))

@@ -14,8 +14,8 @@ def find_labelled(root, table, train):
     """The Folder of the training or test images that the CSV file `table` names, their paths relative to `root`.
 
     Its first line is path,label or path,label,split, with train, test or val as the split; without one all images are
-    for training. Where a file has the splits test and val, val is left out. Raises Refused, naming the line, where
-    the file cannot mean what it says.
+    for training. Where a file has the splits test and val, val is left out. The order of the lines means nothing.
+    Raises Refused, naming the line, where the file cannot mean what it says.
     """
     rows = read_table(table)
     missing = [line for line, path, *_ in rows if not os.path.isfile(os.path.join(root, path))]
@@ -26,7 +26,7 @@ def find_labelled(root, table, train):
                       "mend the line, or --data")
     present = {split for *_, split in rows}
     wanted = next((split for split in SPLITS[train] if split in present), None)
-    chosen = [(path, label) for _, path, label, split in rows if split == wanted]
+    chosen = sorted((path, label) for _, path, label, split in rows if split == wanted)
     classes = sorted({label for _, label in chosen})
     files, labels = [os.path.join(root, path) for path, _ in chosen], [classes.index(label) for _, label in chosen]
     return Folder(files, labels, classes)

@@ -231,6 +231,12 @@ def resume_with_both_damaged(here, ckpt):
     return pretrain, ["--resume", here], "cannot be read as a checkpoint"
 
 
+def resume_with_an_option_without_a_meaning(here, ckpt):
+    (here / "ckpt.pt").write_bytes(ckpt)
+    (here / "labels.csv").write_text("path,label\n")
+    return pretrain, ["--resume", here, "--labels", here / "labels.csv"], "--labels has a meaning for --dataset folder"
+
+
 def resume_of_another_recipe(here, ckpt):
     (here / "ckpt.pt").write_bytes(ckpt)
     return pretrain, ["--resume", here, "--tau", "0.2", "--batch", "20"], "leave out --batch, --tau"
@@ -381,6 +387,7 @@ SITUATIONS = [
     resume_without_a_checkpoint,
     resume_with_both_damaged,
     resume_of_another_recipe,
+    resume_with_an_option_without_a_meaning,
     resume_into_another_folder,
     resume_to_fewer_epochs,
     resume_in_parts_that_do_not_divide,

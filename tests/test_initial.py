@@ -131,6 +131,11 @@ def test_the_word_torchvision_asks_for_what_torchvision_publishes(resnet, monkey
     torch.testing.assert_close(encoder.state_dict()["bn1.running_mean"], resnet.bn1.running_mean)
     torch.testing.assert_close(mean, MEAN.flatten())
 
+    resnet.transform_input = True  # as googlenet and inception_v3 of published weights have it
+    mean, std = common.initial.start_from(encoder, config)
+    torch.testing.assert_close((0.485 - mean) / std, torch.full((3,), (0.485 - 0.5) / 0.5))
+    del resnet.transform_input
+
     def offline(arch, **options):
         raise OSError("no route to host")
 

@@ -61,6 +61,13 @@ def test_without_a_split_all_images_are_for_training_and_the_probe_holds_some_ou
     assert probe(folder / "run")["tested_on"] == "a tenth of the training set"
 
 
+def test_the_order_of_the_lines_means_nothing(pictures):
+    folder, lines = pictures
+    found = common.labels.find_labelled(folder, with_table(folder, lines), True)
+    assert found == common.labels.find_labelled(folder, with_table(folder, [lines[0], *lines[:0:-1]]), True)
+    assert len(found.files) == 8
+
+
 def test_val_is_the_test_set_where_there_is_no_other(pictures):
     folder, lines = pictures
     table = with_table(folder, [line.replace(",test", ",val") for line in lines])

@@ -374,6 +374,8 @@ MISTAKES = {
         ("what the weights lack starts fresh", 'lacking and f"it lacks', 'False and f"it lacks', "initial"),
         ("a prefix is not looked for", 'PREFIXES = "", "module.", ', 'PREFIXES = "", ', "initial"),
         ("images are normalised by another deviation", "(0.229, 0.224, 0.225)", "(0.247, 0.244, 0.262)", "initial"),
+        ("images of another scale for Inception",
+         'if getattr(model, "transform_input", False):', "if False:", "initial"),
         ("the weights are read and not taken",
          "encoder.load_state_dict(own | taken)", "encoder.load_state_dict(own)", "initial"),
     ],
@@ -399,7 +401,8 @@ MISTAKES = {
          'Losses(resumed.get("losses_of_epoch", ()) if resumed else ())', "Losses(())", "log"),
     ],
     "common/labels.py": [
-        ("val is mixed into the test set", "if split == wanted]", "if split in SPLITS[train]]", "label_files"),
+        ("val is mixed into the test set", "if split == wanted)", "if split in SPLITS[train])", "label_files"),
+        ("images in the order of the lines", "chosen = sorted(", "chosen = list(", "label_files"),
         ("a path twice counts twice", "if path in first:", "if False:", "label_files"),
         ("paths are compared as they are written", "os.path.normpath(cells[0])", "cells[0]", "label_files"),
         ("the mark of UTF-8 belongs to the first name", '"utf-8-sig"', '"utf-8"', "label_files"),
