@@ -32,13 +32,13 @@ from common.data import DATASETS, STREAMS, Data, Missing, all_but, generator, lo
 from common.data import with_classes_of
 from common.figures import draw_probe, pyplot
 from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, load_encoder, write_classifier
-from common.frozen import checkpoint_of, refuse_features_file, save_features, untrained_encoder, write_json
+from common.frozen import refuse_features_file, save_features, untrained_encoder, write_json
 from common.metrics import best_temperature, confusion, knn_top1, per_class, reliability, retrieval, topk
 from common.metrics import worst_confusions
 from common.optim import learning_rate, logistic_regression, make_optimizer
 from common.presets import PRESETS, as_option
 from common.ranks import choose_device
-from common.run_folder import kind_of_its_own, suffix
+from common.run_folder import checkpoint_of, kind_of_its_own, suffix
 
 LRS = 0.01, 0.03, 0.1, 0.3, 1.0  # SGD's grid, on standardised features
 DECAYS = 0.0, 1e-4, 1e-3, 1e-2

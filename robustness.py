@@ -258,9 +258,9 @@ def prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_
     kind = suffix(elsewhere, corrupted and corrupted.resolve().name, limit and f"first{limit}", seed and f"s{seed}")
     named = {"data": elsewhere and data, "corrupted": corrupted}
     named = {name: str(Path(place).resolve()) for name, place in named.items() if place}
-    first = paths[0].stem.replace("classifier", "robustness", 1)
-    kind = kind_of_its_own(kind, lambda kind: paths[0].with_name(f"{first}{kind}.json"), named)
-    report = paths[0].with_name(f"{first}{kind}.json")
+    stem = paths[0].stem.replace("classifier", "robustness", 1)
+    report_of = lambda kind: paths[0].with_name(f"{stem}{kind}.json")
+    report = report_of(kind_of_its_own(kind, report_of, named))
     require(os.access(report.parent, os.W_OK),
             f"{report.parent} cannot be written: copy the classifier to a folder that can")
     all_labels = corrupted and (corrupted / "labels.npy").exists()  # CIFAR-10-C's are compared with the test set's

@@ -440,7 +440,11 @@ def complete(config, world):
     negatives = negatives_of_an_image(config)
     require((config.nearest or 0) <= negatives,
             f"--nearest {config.nearest} is more than the {negatives} negatives of an anchor: lower it")
+    refuse_uneven_batches(config, world)
 
+
+def refuse_uneven_batches(config, world):
+    """Raises Refused where the batch cannot be cut into whole parts, one or more for each of `world` ranks."""
     share = config.batch // world  # of a rank
     at_a_time = config.micro_batch or share
     require(config.batch % world == 0,

@@ -58,7 +58,8 @@ def load_on_every_rank(config, ranks):
             with ranks.hold_refusals():
                 loaded = load(config, config.download and loads_first, ranks.rank == 0)
         ranks.meet()  # here the other ranks wait
-    require_same_on_every_rank(loaded[0], config.data, ranks)
+    if ranks.world > 1:
+        require_same_on_every_rank(loaded[0], config.data, ranks)
     return loaded
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from common.config import of_checkpoint
 from common.data import generator
 from common.models import bfloat16_is_fast, build_encoder, build_projection, encode, encode_images, widths_of
 from common.objectives import OBJECTIVES
-from common.run_folder import load_checkpoint, load_plain, load_state, write_aside
+from common.run_folder import checkpoint_of, load_checkpoint, load_plain, load_state, write_aside
 from common.views import WorkerViews, draw_view, make_view, worker_batches
 
 
@@ -75,10 +74,6 @@ def load_encoder(path, device="cpu", unit=False):
     """The Frozen encoder of a run, of which `path` is the folder or a checkpoint. Raises Refused for anything else."""
     path = checkpoint_of(path)
     return frozen_from(load_checkpoint(path), path, torch.device(device), unit)
-
-
-def checkpoint_of(path):
-    return Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
 
 
 def load_projection(path):

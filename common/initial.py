@@ -8,7 +8,7 @@ import torchvision
 
 from common.cli import Refused, say
 from common.models import OURS, has_stem
-from common.run_folder import FORMAT, is_there, load_checkpoint
+from common.run_folder import FORMAT, checkpoint_of, is_there, load_checkpoint
 
 PUBLISHED = "torchvision"  # as the value of --init: the weights that torchvision publishes
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the images that those are trained on
@@ -26,14 +26,10 @@ class Weights(NamedTuple):
 def refuse_without_weights(init, arch):
     """Raises Refused, before any long work, where there are no weights of the name --init."""
     if init != PUBLISHED:
-        if not is_there(file_of(init)):
+        if not (is_there(Path(init)) and is_there(checkpoint_of(init))):
             raise Refused(f"--init {init} is not there: name a run, a file of weights, or the word {PUBLISHED}")
     elif arch in OURS:
         raise Refused(f"--init {PUBLISHED}: torchvision publishes no weights of {arch}: name another --arch, or a run")
-
-
-def file_of(init):
-    return Path(init, "ckpt.pt") if is_there(Path(init)) and Path(init).is_dir() else Path(init)
 
 
 def start_from(encoder, config):
@@ -85,7 +81,7 @@ def read_weights(init, arch):
     if init == PUBLISHED:
         return published(arch)
     try:
-        contents = torch.load(file_of(init), map_location="cpu", weights_only=True)
+        contents = torch.load(checkpoint_of(init), map_location="cpu", weights_only=True)
     except Exception as e:  # of a zip archive, of pickle, of the file system
         raise Refused(f"--init {init} cannot be read as weights ({type(e).__name__}): name a run, or a state dict that "
                       "torch.save wrote") from e
@@ -101,7 +97,7 @@ def read_weights(init, arch):
 
 def of_run(init, arch):
     """The Weights in a checkpoint of pretrain.py."""
-    contents = load_checkpoint(file_of(init))
+    contents = load_checkpoint(checkpoint_of(init))
     theirs = contents["config"].get("arch")
     if theirs != arch:
         raise Refused(f"--init {init} holds the encoder {theirs}, and this run has {arch}: give --arch {theirs}")

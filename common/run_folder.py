@@ -60,6 +60,11 @@ def load_plain(path, kind, script, form, entries, remedy):
     return contents
 
 
+def checkpoint_of(path):
+    """The path of a checkpoint that is named by itself, or by the folder of its run."""
+    return Path(path, CHECKPOINTS[0]) if Path(path).is_dir() else Path(path)
+
+
 def newest_checkpoint(run):
     """(contents, warning or None) of the newest readable checkpoint in the folder `run`."""
     newest, previous = (run / name for name in CHECKPOINTS)
