@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -268,6 +269,54 @@ def test_a_rank_that_never_comes_is_said_and_ends_the_others_in_time(tmp_path):
     assert [process.exitcode for process in came.processes] == [2, 2]
     assert "waiting for 1 of 3 ranks" in came.err and "the ranks have not met within 4 s" in came.err
     assert "Traceback" not in came.err and not (tmp_path / "run").exists()
+
+
+def fail_once_to_connect(*arguments):
+    """In a rank: the first connection of rank 1 breaks, after it has come."""
+    if os.environ["RANK"] == "1":
+        wait, times = common.ranks.wait_for_all, itertools.count()
+
+        def break_once(store, rank, world, end):
+            if next(times):
+                return wait(store, rank, world, end)
+            wait(store, rank, 1, end)
+            raise torch.distributed.DistNetworkError("broken pipe")
+
+        common.ranks.wait_for_all = break_once
+    meet_within(20, 10, *arguments)
+
+
+def test_a_rank_whose_connection_breaks_comes_back(tmp_path):
+    came = Launch(fail_once_to_connect, (*SMALL, "--epochs", "1", "--run-dir", str(tmp_path / "run")), ranks=2)
+    assert came.wait(timeout=60).status == 0, came.err
+
+
+def die_once_all_came(*arguments):
+    """In a rank: rank 1 is gone when the others connect to it."""
+    if os.environ["RANK"] == "1":
+        torch.distributed.init_process_group = lambda *args, **kwargs: os._exit(9)
+    meet_within(4, 10, *arguments)
+
+
+def test_a_rank_that_dies_while_the_group_forms_holds_nobody(tmp_path):
+    came = Launch(die_once_all_came, (*SMALL, "--run-dir", str(tmp_path / "run")), ranks=2)
+    came.wait(timeout=40)
+    assert [process.exitcode for process in came.processes] == [2, 9]
+    assert "the ranks have not met within 4 s" in came.err and "Traceback" not in came.err
+
+
+def read_for_long(*arguments):
+    """In a rank: rank 1 takes longer to read its data than the ranks may take to meet."""
+    if os.environ["RANK"] == "1":
+        load = pretrain.load_on_every_rank
+        pretrain.load_on_every_rank = lambda *args: time.sleep(3) or load(*args)
+    meet_within(2, 10, *arguments)
+
+
+def test_ranks_that_have_met_wait_longer_for_one_that_reads(tmp_path):
+    command = (*SMALL, "--epochs", "1", "--run-dir", str(tmp_path / "run"))
+    came = Launch(read_for_long, command, ranks=2)
+    assert came.wait(timeout=60).status == 0, came.err
 
 
 def on_a_device_of_its_own(*arguments):
