@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
-from common.cli import Refused, Stopped, run_command, say, signals_noted
+from common.cli import ENDING, SAVING, Asked, Refused, Stopped, run_command, say, signals_noted
 from common.config import GroupedCommand, complete, config_options, fit_to_data, read
 from common.data import load_on_every_rank, mean_and_std
 from common.initial import start_from
@@ -52,7 +52,8 @@ def train(config, ranks, resumed=None):
     resumed: the contents of a checkpoint to go on from. Every rank calls this with the same arguments. Rank 0 alone
     reads and writes the run's folder, so that no other node needs it.
     """
-    with tf32_allowed(config.precision != "float32"):
+    asked = Asked()
+    with tf32_allowed(config.precision != "float32"), signals_noted(asked, SAVING):
         with ranks.hold_refusals():
             complete(config, ranks.world)
             if ranks.rank == 0:
@@ -67,7 +68,7 @@ def train(config, ranks, resumed=None):
             journal = open_journal(run, data, test, ranks, resumed)
         ranks.meet()
         run.join(ranks)
-        with signals_noted() as asked:
+        with signals_noted(asked, ENDING):
             train_steps(run, data, test, ranks, journal, asked)
         with ranks.hold_refusals():
             if journal:
@@ -114,8 +115,8 @@ def interruptible_step(run, batch, asked):
     except Exception as e:
         if not (asked.end and run.config.compile):
             raise
-        raise Refused(f"stopped while step {run.step + 1} was compiled; this goes on: "
-                      f"{resume_command(run.config.run)}") from e
+        say(f"stopped while step {run.step + 1} was compiled; this goes on:\n{resume_command(run.config.run)}")
+        raise Stopped(asked.end) from e
 
 
 def training_step(run, batch):
