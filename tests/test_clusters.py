@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -117,20 +118,27 @@ def test_other_data_on_another_node_is_refused_with_the_first_difference(change,
     assert words in ended.err and socket.gethostname() in ended.err and not (tmp_path / "0" / "run").exists()
 
 
-def test_labels_of_another_order_are_other_data():
+@pytest.mark.parametrize("other", ["labels", "images"])
+def test_labels_of_another_order_and_other_pixels_are_other_data(other):
     class Ranks(common.ranks.Ranks):
         def from_first(self, found):
             return rank_0[type(found)]
 
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (20,), generator=g)
-    data = common.data.Data(None, labels, ["a", "b", "c"])
-    names = [f"image {row} of the class {'abc'[label]}" for row, label in enumerate(labels.tolist())]
+    images = torch.randint(256, (20, 3, 8, 8), generator=g, dtype=torch.uint8)
+    data = common.data.Data(images, labels, ["a", "b", "c"])
+    sums = [zlib.crc32(image.numpy().tobytes()) for image in images]
+    names = [f"image {row} ({sums[row]:08x}) of the class {'abc'[label]}" for row, label in enumerate(labels.tolist())]
     rank_0 = {list: sorted([*names, *(f"the class {name}" for name in "abc")])}
     rank_0[bytes] = hashlib.sha256("\0".join(rank_0[list]).encode()).digest()
     common.data.require_same_on_every_rank(data, "here", Ranks())
-    with pytest.raises(common.cli.Refused, match="it lacks image"):
-        common.data.require_same_on_every_rank(data._replace(labels=labels.roll(1)), "here", Ranks())
+    changed = {"labels": labels.roll(1)} if other == "labels" else {"images": images.clone()}
+    if other == "images":
+        changed["images"][7, 0, 0, 0] += 1
+    first = "image" if other == "labels" else rf"image 7 \({sums[7]:08x}\)"
+    with pytest.raises(common.cli.Refused, match=f"it lacks {first}"):
+        common.data.require_same_on_every_rank(data._replace(**changed), "here", Ranks())
 
 
 # ---------------------------------------------------------------- one command starts, goes on, and is done
