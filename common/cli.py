@@ -109,7 +109,7 @@ def on_terminal():
 
 def write(words, end, err=False):
     try:
-        click.echo(words + end, nl=False, err=err)
+        click.echo(f"{words}{end}", nl=False, err=err)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, (sys.stderr if err else sys.stdout).fileno())

@@ -65,8 +65,10 @@ def load_on_every_rank(config, ranks):
 
 
 def require_same_on_every_rank(data, root, ranks):
-    """Raises Refused on every rank where one of them has other classes, labels or images than rank 0. Files are known by
-    their names, because one file may be decoded in two ways, and other images by the checksum of their pixels."""
+    """Raises Refused on every rank where one of them has other classes, labels or images than rank 0.
+
+    Files are known by their names, because one file may be decoded in two ways, and other images by their checksums.
+    """
     names = [os.path.relpath(path, root) for path in data.paths or ()]  # the root may differ from node to node
     names = names or [f"image {row} ({zlib.crc32(image):08x})" for row, image in enumerate(data.images.numpy())]
     if data.classes:

@@ -18,7 +18,7 @@ def open_journal(run, data, test, ranks, resumed):
     if ranks.rank > 0:
         return None
     collapse, floor = collapse_and_floor(run.config, data.labels)
-    journal = Journal(run, ranks.world, resumed, collapse)
+    journal = Journal(run, ranks.world, resumed, collapse, floor)
     announce(run, data, test, ranks.world)
     if collapse:
         say(f"the loss is {collapse:.4f} when all features collapse to one; its floor is about {floor:.4f}")
@@ -81,16 +81,17 @@ class Journal:
     """Notes steps and epochs of a `run` and saves its checkpoints. Its methods raise Refused where the run must end.
 
     run: an object with config, step, steps_per_epoch, total_steps, and checkpoint(losses of the epoch, seconds).
-    resumed: the contents of the checkpoint that the run goes on from, or None. collapse: see collapse_and_floor.
+    resumed: the contents of the checkpoint that the run goes on from, or None. collapse, floor: see collapse_and_floor.
     """
 
-    def __init__(self, run, world, resumed, collapse):
+    def __init__(self, run, world, resumed, collapse, floor):
         self.config, self.collapse, self.saved = run.config, collapse, run.step
         self.losses = Losses(resumed.get("losses_of_epoch", ()) if resumed else ())
         self.entry, self.lr, self.shown = None, None, 0.0
         self.sound = True  # see `writing`
         first = None if resumed else run.checkpoint([], 0.0)
-        self.folder = RunFolder(Path(run.config.run), describe_run(run.config, world), first, run.step)
+        about = describe_run(run.config, world) | {"collapse": collapse, "floor": floor}
+        self.folder = RunFolder(Path(run.config.run), about, first, run.step)
         wanted = run.config.tensorboard  # its reader passes over what an earlier part wrote after this step
         self.board = summary_writer()(run.config.run, purge_step=run.step + 1) if wanted else None
         self.seconds = resumed["seconds"] if resumed else 0.0  # of training: diagnoses and saving do not count

@@ -23,7 +23,7 @@ import linear_probe
 import pretrain
 from common.cli import NotFinite, Refused, say
 from common.data import generator, load_data
-from common.figures import pyplot, save
+from common.figures import COLOURS, pyplot, save
 from common.models import build_model
 from common.run_folder import load_checkpoint, load_state, newest_checkpoint
 from common.views import draw_view, make_view
@@ -247,9 +247,6 @@ def compared(claim, paper, found, a, b, key="top1", unit=" %", digits=1):
         return []
     here = f"{spread(found[a], key, digits)} against {spread(found[b], key, digits)}{unit}"
     return [Claim(claim, paper, here, is_above(found[a], found[b], key))]
-
-
-COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999"  # Okabe and Ito's
 
 
 def bars(plt, found, label="top-1 of a linear probe, %"):

@@ -217,10 +217,6 @@ def kill_a_rank_again_and_again(folder, kills, seed, epochs):
     assert log_of(folder / "run") == log_of(folder / "whole")
 
 
-def test_a_rank_that_is_killed_is_started_again_and_the_run_goes_on(tmp_path):
-    kill_a_rank_again_and_again(tmp_path, kills=1, seed=0, epochs=50)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_ranks_that_are_killed_three_times_end_with_the_bits_of_an_unbroken_run(seed, tmp_path):

@@ -151,7 +151,7 @@ def journal(folder, monkeypatch, weight=0.0):
     config = SimpleNamespace(batch=5, epochs=9, save_minutes=10, log_every=2, tensorboard=False, run=folder)
     saved = contents(0, encoder={"w": torch.tensor([weight])})
     run = SimpleNamespace(config=config, step=0, steps_per_epoch=100, total_steps=900, checkpoint=lambda *of: saved)
-    made = common.journal.Journal(run, 1, None, None)
+    made = common.journal.Journal(run, 1, None, None, None)
 
     def note(loss, rate):
         run.step += 1
