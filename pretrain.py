@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import losses
 from common.cli import ENDING, SAVING, Asked, Refused, Stopped, run_command, say, signals_noted
 from common.config import GroupedCommand, complete, config_options, fit_to_data, read
-from common.data import load_on_every_rank, mean_and_std
+from common.data import checksum, load_on_every_rank, mean_and_std
 from common.initial import start_from
 from common.journal import open_journal
 from common.metrics import knn_top1
@@ -207,6 +207,7 @@ class Run:
         """resumed: the contents of a checkpoint, whose state this run takes over."""
         self.config, self.step = config, 0
         self.classes, self.images = list(data.classes), len(data.labels)
+        self.sum_of_labels = checksum(data.labels)
         self.steps_per_epoch = self.images // config.batch
         self.total_steps = config.epochs * self.steps_per_epoch
         fast = config.precision == "bfloat16" or config.precision == "auto" and bfloat16_is_fast(ranks.device)
@@ -265,6 +266,7 @@ class Run:
             "std": self.std.cpu().float(),
             "classes": self.classes,
             "images": self.images,
+            "sum_of_labels": self.sum_of_labels,
         }
 
     def restore(self, contents):

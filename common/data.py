@@ -86,6 +86,11 @@ def require_same_on_every_rank(data, root, ranks):
     ranks.meet()
 
 
+def checksum(labels):
+    """A number that tells labels, and their order, from others."""
+    return zlib.crc32(labels.numpy())
+
+
 def first_difference(mine, theirs):
     """In words, of two lists that are not alike."""
     lacking, more = sorted(set(theirs) - set(mine)), sorted(set(mine) - set(theirs))
