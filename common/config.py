@@ -498,6 +498,7 @@ def require_same_data(config, data, contents):
             f"{source} gives the images other labels, or another order, than the run began with: {remedy}")
     if config.streams != STREAMS:
         chosen = config.subset < 1 or config.label_noise or config.limit and config.dataset == "folder"
-        require(not chosen, "since this run of an earlier version began, other images belong to its --limit, --subset "
+        require(config.streams or not chosen, "since this run of an earlier version began, other images belong to its --limit, --subset "
                 "or --label-noise: end it with that version, or start a new run")
-        say("this run is of an earlier version: from here on its order and its views are drawn otherwise")
+        changed = "views" if config.streams else "order and its views"
+        say(f"this run is of an earlier version: from here on its {changed} are drawn otherwise")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import linear_probe
 import pretrain
 from common.cli import NotFinite, Refused, say
-from common.data import generator, load_data
+from common.data import load_data
 from common.figures import COLOURS, pyplot, save
 from common.models import build_model
 from common.run_folder import load_checkpoint, load_state, newest_checkpoint
@@ -138,7 +138,7 @@ def views_of_test_images(contents, count, augment, views):
     config = contents["config"]
     data = load_data(config["dataset"], config["data"], False, size=config["size"], limit=count)
     size, crop_min, mean, std = config["size"], config["crop_min"], contents["mean"], contents["std"]
-    drawn = [draw_view(len(data.labels), size, augment, generator(config["seed"], 12, v), crop_min=crop_min)
+    drawn = [draw_view(len(data.labels), size, augment, (config["seed"], 12, v), crop_min=crop_min)
              for v in range(views)]
     return torch.cat([make_view(data.images, view, mean, std) for view in drawn]), data.labels.repeat(views)
 
