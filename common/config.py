@@ -185,8 +185,9 @@ class Config:
     seed: int = option(0, click.IntRange(0, 2**63 - 1), "Seed of weights, order and views.")
     run: str = option(None, str, "Folder for log and checkpoints.", "runs/DATASET-ARCH-LOSS-sSEED", flag="--run-dir")
     device: str = option(None, str, "torch device.", "cuda if there is one, else cpu")
-    precision: str = option("auto", one_of(["auto", "bfloat16", "float32", "float64"]),
-                        "auto: bfloat16 autocast where the hardware has it; float32: without TF32.")
+    precision: str = option("auto", one_of(["auto", "bfloat16", "float16", "float32", "float64"]),
+                        "auto: bfloat16 autocast where the hardware has it; float16: for GPUs without it; "
+                        "float32: without TF32.")
     sync_bn: bool = option(False, bool, "Batch norm over all ranks (on GPUs).")
     compile: bool = option(False, bool, "torch.compile the encoder.")
     save_minutes: float = option(10.0, NOT_NEGATIVE, "Save a checkpoint at least this often, and after every epoch.")

@@ -32,7 +32,7 @@ def announce(run, data, test, world):
     config, size = run.config, data.images.shape[-1]
     weights = sum(p.numel() for p in run.model.encoder.parameters()) / 1e6
     stem = f"{config.stem} stem, " if config.stem else ""
-    precision = "bfloat16 autocast" if run.autocast else "no autocast"
+    precision = f"{str(run.autocast).removeprefix('torch.')} autocast" if run.autocast else "no autocast"
     say(f"{config.dataset}: {len(data.labels)} images of {size} x {size}, {len(data.classes)} classes; {config.arch}, "
         f"{stem}{weights:.2f} M weights, {config.device} x {world}, {precision}")
     tau = "" if config.tau is None else f", tau {config.tau}, loss scale {config.loss_scale:.4f}"
@@ -132,6 +132,10 @@ class Journal:
         ends_epoch = run.step % run.steps_per_epoch == 0
         if ends_epoch or run.step % self.config.log_every == 0:
             self.write_step(run, ends_epoch)
+
+    def note_skipped(self, run):
+        """After a step that the gradient scaler has skipped."""
+        self.log({"step": run.step, "skipped": True, "gradient_scale": run.factor})
 
     def write_step(self, run, ends_epoch):
         self.refuse_non_finite(run)
