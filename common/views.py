@@ -361,7 +361,7 @@ def pixels_from_workers(config, data, rows_of_steps, index, epoch, first, device
     items = worker_items(config, rows_of_steps, index, size, epoch, first)
     ready = worker_batches(WorkerViews(data, config.augment, config.crop_min), items, config.workers)
     for _ in rows_of_steps:
-        parts = [[next(ready).to(device) for v in range(config.views)] for _ in range(0, len(index), size)]
+        parts = [[send(next(ready), device) for v in range(config.views)] for _ in range(0, len(index), size)]
         yield [torch.cat(of_view) for of_view in zip(*parts)]
 
 

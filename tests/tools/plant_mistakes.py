@@ -193,6 +193,9 @@ MISTAKES = {
          "    if ranks.rank == 0:\n            found = read(", "    if True:\n            found = read(", "clusters"),
     ],
     "linear_probe.py": [
+        ("a device's order by a generator of the CPU",
+         "torch.randperm(n, generator=g).to(r.device)",
+         "torch.randperm(n, generator=g, device=r.device)", "imitated_gpu"),
         ("what is held out is trained on too",
          'return take(train, kept), take(train, held),', 'return train, take(train, held),', "images"),
         ("the probe: gradients add up over the steps", "            optimizer.zero_grad()\n", "", "probe"),
@@ -415,6 +418,7 @@ MISTAKES = {
         ("any split is one", "if split not in SPLITS[True] + SPLITS[False]:", "if False:", "label_files"),
     ],
     "common/metrics.py": [
+        ("votes on the CPU", "device=bank.device, dtype=s.dtype", "dtype=s.dtype", "imitated_gpu"),
         ("bins [a, b)",
          "(confidence * bins).ceil().long().clamp(1, bins) - 1",
          "(confidence * bins).long().clamp(max=bins - 1)", "metrics"),
@@ -588,6 +592,9 @@ MISTAKES = {
         ("the earlier parts of a run are forgotten", 'return before.get("earlier", []) + [', "return [", "keeping"),
     ],
     "common/views.py": [
+        ("every draw waits for the device",
+         "x.pin_memory().to(device, non_blocking=True)", "x.to(device)", "imitated_gpu"),
+        ("workers' images wait for the device", "send(next(ready), device)", "next(ready).to(device)", "imitated_gpu"),
         ("the row and the column of a crop from one number",
          "uniform(0, 1, 2) * (size - sides + 1)", "uniform(0, 1, 1) * (size - sides + 1)", "views"),
         ("a crop never reaches the last row or column",
@@ -697,6 +704,10 @@ MISTAKES = {
         ("oracle: the clean error once for all severities",
          "{c: [e - clean for e in errors[c]] for c in errors}",
          "{c: [e - clean / 5 for e in errors[c]] for c in errors}", "robustness"),
+    ],
+    "benchmarks/scaling.py": [
+        ("products in place cost nothing", 'name.rstrip("_")', "name", "scaling"),
+        ("a GPU sends everything once", "2 * (gpus - 1) / gpus", "(gpus - 1) / gpus", "scaling"),
     ],
     "common/ranks.py": [
         ("a refusal is not agreed on",
