@@ -39,7 +39,7 @@ from common.models import Queue, bfloat16_is_fast, build_model, features, still_
 from common.objectives import OBJECTIVES, total_loss
 from common.optim import learning_rate, make_optimizer, set_learning_rate
 from common.presets import PRESETS, describe
-from common.ranks import Ranks, choose_device, gather_views, tf32_allowed
+from common.ranks import Ranks, choose_device, fast_convolutions, gather_views
 from common.run_folder import FORMAT, is_finished, load_state, refuse_unusable
 from common.views import make_batches
 
@@ -52,7 +52,7 @@ def train(config, ranks, resumed=None):
     resumed: the contents of a checkpoint to go on from. Every rank calls this with the same arguments. Rank 0 alone
     reads and writes the run's folder, so that no other node needs it.
     """
-    with tf32_allowed(config.precision != "float32"):
+    with fast_convolutions(config.precision != "float32"):
         with ranks.hold_refusals():
             complete(config, ranks.world)
             if ranks.rank == 0:

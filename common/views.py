@@ -44,7 +44,9 @@ class ViewParameters(NamedTuple):
 
 def send(x, device):
     """x on the device. A GPU fetches it by itself, and the CPU does not wait."""
-    return x.to(device) if device.type in ("cpu", "mps") else x.pin_memory().to(device, non_blocking=True)
+    if x.device.type != "cpu" or device.type in ("cpu", "mps"):
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def draw_view(n, size, augment, g, crop=True, crop_min=0.2, jitter=0.5):

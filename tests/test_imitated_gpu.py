@@ -3,6 +3,7 @@
 The scripts run there in one process, to whose end the tests of a group wait; each test then looks at its own part.
 """
 
+import copy
 import functools
 import json
 import re
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import losses
+import pretrain
 from children import PROJECT, call
+from runs import SMALL, train
 from test_losses import rows_of
 from test_strips import strips_of
 
@@ -79,6 +82,24 @@ def test_losses_and_gradients_are_those_of_the_cpu():
     call(compare_losses)
 
 
+@pytest.mark.seeds_torch
+@pytest.mark.parametrize("precision, fast", [("bfloat16", True), ("float32", False)])
+def test_convolutions_are_fast_unless_float32_is_asked_for(precision, fast, tmp_path, monkeypatch):
+    cudnn, step, seen = torch.backends.cudnn, pretrain.training_step, set()
+
+    def training_step(*arguments):
+        seen.add((cudnn.allow_tf32, cudnn.benchmark))
+        return step(*arguments)
+
+    monkeypatch.setattr(pretrain, "training_step", training_step)
+    train(*SMALL, "--limit", 50, "--epochs", 1, "--precision", precision, "--run-dir", tmp_path / "run")
+    assert seen == {(fast, fast)}
+
+
+def test_an_encoder_fetches_images_without_a_wait():
+    call(encode_images)
+
+
 def test_devices_that_mix_are_refused_and_waits_are_counted():
     call(meet_faults)
 
@@ -100,8 +121,6 @@ def draw_images_once():
 
 def run_steps(folder):
     import imitated_gpu
-    import losses
-    import pretrain
 
     draw_images_once()
     losses.MATRIX, found = 16, {}  # strips already at these sizes
@@ -122,7 +141,6 @@ def run_steps(folder):
 def run_stages(folder):
     import common.optim
     import linear_probe
-    import pretrain
     import robustness
     from imitated_gpu import SMALL, run_there
 
@@ -207,6 +225,22 @@ def compare_losses():
                         for name, numbers in found.items():
                             numbers = [x.cpu() for x in numbers]
                             torch.testing.assert_close(numbers, expected[name], msg=lambda m: f"{name}, {dtype}: {m}")
+
+
+def encode_images():
+    import imitated_gpu
+    from common.frozen import Frozen
+    from common.models import small_encoder
+
+    images, third = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8), torch.full((3,), 1 / 3)
+    here, config = small_encoder(), {"size": 16, "precision": "float32"}
+    with imitated_gpu.imitated():
+        there = Frozen(copy.deepcopy(here), third, third, config, imitated_gpu.DEVICE)
+        imitated_gpu.waits.clear()
+        r = there(images)
+        assert imitated_gpu.waits.total() == 0
+        torch.testing.assert_close(there(images.to(imitated_gpu.DEVICE)).cpu(), r.cpu())
+    torch.testing.assert_close(r.held, Frozen(here, third, third, config, "cpu")(images))
 
 
 def meet_faults():

@@ -77,7 +77,8 @@ class OnGpu(torch.Tensor):
 
     @data.setter
     def data(self, other):
-        require(other.shape == self.shape and other.dtype == self.dtype, "data of another shape or type")
+        if other.shape != self.shape or other.dtype != self.dtype:
+            raise RuntimeError("data of another shape or type cannot take the place of a wrapper's")
         self.held = other.held
 
     def __reduce_ex__(self, protocol):  # a checkpoint is read to the CPU, whatever device wrote it
@@ -95,11 +96,6 @@ class Imitation(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         return run(op, args, kwargs or {})
-
-
-def require(condition, what):
-    if not condition:
-        raise RuntimeError(f"the imitated device has no {what}")
 
 
 def on_gpu(x):
@@ -203,7 +199,12 @@ def imitated(held_on="cpu"):
             return tensor(data, *args, **kwargs).to(DEVICE)
         return tensor(data, *args, device=device, **kwargs)
 
-    torch.tensor, torch.Tensor.pin_memory = tensor_there, lambda x, *device: x
+    def pinned(x, *device):
+        if on_gpu(x):
+            raise RuntimeError("pin_memory: a tensor on gpu:0")
+        return x
+
+    torch.tensor, torch.Tensor.pin_memory = tensor_there, pinned
     Imitation.held_on = held_on
     waits.clear()
     try:

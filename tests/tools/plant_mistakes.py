@@ -594,6 +594,7 @@ MISTAKES = {
     "common/views.py": [
         ("every draw waits for the device",
          "x.pin_memory().to(device, non_blocking=True)", "x.to(device)", "imitated_gpu"),
+        ("images on the device are fetched again", 'if x.device.type != "cpu" or device', "if device", "imitated_gpu"),
         ("workers' images wait for the device", "send(next(ready), device)", "next(ready).to(device)", "imitated_gpu"),
         ("the row and the column of a crop from one number",
          "uniform(0, 1, 2) * (size - sides + 1)", "uniform(0, 1, 1) * (size - sides + 1)", "views"),
@@ -710,6 +711,7 @@ MISTAKES = {
         ("a GPU sends everything once", "2 * (gpus - 1) / gpus", "(gpus - 1) / gpus", "scaling"),
     ],
     "common/ranks.py": [
+        ("cuDNN's trials stay on", "= before\n\n\nMEETING", "= before[0], wanted\n\n\nMEETING", "imitated_gpu"),
         ("a refusal is not agreed on",
          "        if speaker:\n", "        if self.refusal:\n", "nothing_lost"),
         ("what one rank is asked, the others do not hear",
