@@ -28,7 +28,7 @@ float16 that underflows for large N: use a gradient scaler). tau may be a tensor
 class probabilities get none. What is made of scores has no second derivative: create_graph=True raises RuntimeError.
 Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
 Tried on torch 2.4, 2.7, 2.11 and 2.14. torch.compile makes one graph of a loss on the last two, several on 2.7, and
-fails on 2.4.
+fails on 2.4. torch.func and torch.export see plain operations: a matrix of all scores, in the precision around.
 """
 import functools
 import math
@@ -135,6 +135,7 @@ class SupConLoss(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         _require(features.ndim > 2, "features must be (B, V, ...), got {}", features)
+        _require_whole(features)
         _require(labels is None or mask is None, "give labels or mask, not both")
         B, V = features.shape[:2]
         z = _widen(features.flatten(2).transpose(0, 1).flatten(0, 1))  # (V B, D), view by view
@@ -181,9 +182,9 @@ def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0, denominator="all")
     y_b = y_a if b is None else y_b
     if y_a.ndim == 2:  # copied: a memory may move on before the backward
         y_a, y_b = (y.detach().to(a.dtype, copy=True) for y in (y_a, y_b))
-    if denominator == "all" and len(y_a) * len(y_b) > MATRIX**2:
+    if denominator == "all" and len(y_a) * len(y_b) > MATRIX**2 and not _is_traced():
         return _from_strips(variant, a, b, y_a, y_b, own)
-    return _from_scores(variant, _Scores.apply(a, b, own), _fill(_weights(y_a, y_b), own, 0), denominator)
+    return _from_scores(variant, _score_matrix(a, b, own), _fill(_weights(y_a, y_b), own, 0), denominator)
 
 # ---------------------------------------------------------------- what came before: pairs, triplets, N-pairs
 
@@ -397,12 +398,16 @@ def _reduce(loss, valid, reduction):
 
 def _check(z, y=None, views=1, soft=False):
     _require(z.ndim == 2, "z must be (N, D), got {}", z)
+    _require_whole(z)
     if y is not None:
         _require(isinstance(y, Tensor), "y must be a tensor, got a {}", type(y).__name__)
         fits = y.ndim in (1, 1 + soft) and len(y) == len(z) and y.shape[1:] != (1,)
         _require(fits, "y must hold one label for each row of z {}, got {}", z, y)
         _require(y.ndim == 1 or y.is_floating_point(), "class probabilities y must be floating point, got {}", y.dtype)
     _require(views > 0 and len(z) % views == 0, "the rows of z {} must be a multiple of views >= 1, got {}", z, views)
+
+def _require_whole(z):
+    _require(not hasattr(z, "device_mesh"), "of a DTensor {} the losses take full_tensor(), or the ranks' own rows", z)
 
 def _check_contrast(z, y, contrast, y_contrast):
     _check(contrast, y_contrast, soft=True)
@@ -427,7 +432,7 @@ def _require(condition, message, *values):
 
 def _scores(z, tau=1.0, own=None):
     """s_ij/tau, (N, N), in float32 or wider."""
-    return _Scores.apply(_divide_by_root_tau(z, tau), None, own)
+    return _score_matrix(_divide_by_root_tau(z, tau), None, own)
 
 def _squared_distances(z):
     """||z_i - z_j||^2, (N, N), never below zero, and zero on the diagonal."""
@@ -506,6 +511,17 @@ def _exact_op(fake):
 @_exact_op(lambda a, b: a.new_empty(len(a), b.shape[1]))
 def _product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
+
+def _score_matrix(a, b, own):
+    """As _Scores, into which torch.func and torch.export cannot look."""
+    if not _is_traced():
+        return _Scores.apply(a, b, own)
+    with torch.autocast(a.device.type, enabled=False):
+        return _fill(a @ (a if b is None else b).T, own, ABSENT)
+
+def _is_traced():
+    """Whether torch.func is at work, or torch.export, in torch 2.6 and newer."""
+    return torch._C._are_functorch_transforms_active() or getattr(torch.compiler, "is_exporting", bool)()
 
 class _Scores(torch.autograd.Function):
     """a_i . b_j (M, N), ABSENT for j = own + i, in full precision both ways; without b, a_i . a_j."""

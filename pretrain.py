@@ -39,7 +39,7 @@ from common.models import Queue, build_model, features, still_statistics, type_o
 from common.objectives import OBJECTIVES, total_loss
 from common.optim import learning_rate, make_optimizer, set_learning_rate
 from common.presets import PRESETS, describe
-from common.ranks import Ranks, choose_device, gather_views, tf32_allowed
+from common.ranks import Ranks, choose_device, fast_convolutions, gather_views
 from common.run_folder import FORMAT, is_finished, load_state, refuse_unusable
 from common.views import make_batches
 
@@ -53,7 +53,7 @@ def train(config, ranks, resumed=None):
     reads and writes the run's folder, so that no other node needs it.
     """
     asked = Asked()
-    with tf32_allowed(config.precision != "float32"), signals_noted(asked, SAVING):
+    with fast_convolutions(config.precision != "float32"), signals_noted(asked, SAVING):
         with ranks.hold_refusals():
             complete(config, ranks.world)
             if ranks.rank == 0:

@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from common.cli import Refused
 from common.objectives import OBJECTIVES
-from common.views import normalize
+from common.views import normalize, send
 
 # ---------------------------------------------------------------- encoders
 
@@ -143,7 +143,7 @@ def encode(encoder, x, autocast):
 
 def encode_images(encoder, images, mean, std, autocast):
     """r (n, width) of images (n, 3, H, H), uint8 or float in [0, 1], on the device of mean and std."""
-    x = images.to(mean.device)
+    x = send(images, mean.device)
     x = normalize(x if x.is_floating_point() else x.float() / 255, mean, std)
     return encode(encoder, x.to(memory_format=torch.channels_last), autocast)
 

@@ -29,14 +29,15 @@ def choose_device(name):
 
 
 @contextlib.contextmanager
-def tf32_allowed(allowed):
-    """Convolutions may, or may not, round to TF32 in this block."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
+def fast_convolutions(wanted):
+    """In this block convolutions may round to TF32, and cuDNN may try which way is the fastest; or neither."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, cudnn.benchmark = wanted, wanted
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        cudnn.allow_tf32, cudnn.benchmark = before
 
 
 MEETING_TIME = 300  # seconds that the ranks have to find each other in

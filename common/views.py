@@ -44,7 +44,9 @@ class ViewParameters(NamedTuple):
 
 def send(x, device):
     """x on the device. A GPU fetches it by itself, and the CPU does not wait."""
-    return x.to(device) if device.type in ("cpu", "mps") else x.pin_memory().to(device, non_blocking=True)
+    if x.device.type != "cpu" or device.type in ("cpu", "mps"):
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def draw_view(n, size, augment, key, first=0, crop=True, crop_min=0.2, jitter=0.5):
@@ -368,7 +370,7 @@ def pixels_from_workers(config, data, rows_of_steps, index, epoch, first, device
     items = worker_items(config, rows_of_steps, index, size, epoch, first)
     ready = worker_batches(WorkerViews(data, config.augment, config.crop_min), items, config.workers)
     for _ in rows_of_steps:
-        parts = [[next(ready).to(device) for v in range(config.views)] for _ in range(0, len(index), size)]
+        parts = [[send(next(ready), device) for v in range(config.views)] for _ in range(0, len(index), size)]
         yield [torch.cat(of_view) for of_view in zip(*parts)]
 
 

@@ -45,6 +45,7 @@ def state_of_the_process():
     state |= {
         "torch.get_float32_matmul_precision()": reading(torch.get_float32_matmul_precision),
         "torch.backends.cudnn.allow_tf32": reading(lambda: backends.cudnn.allow_tf32),
+        "torch.backends.cudnn.benchmark": backends.cudnn.benchmark,
         "torch.backends.cuda.matmul.allow_tf32": reading(lambda: backends.cuda.matmul.allow_tf32),
         "the default dtype": torch.get_default_dtype(),
         "the number of threads": torch.get_num_threads(),

@@ -71,6 +71,19 @@ class OnGpu(torch.Tensor):
     def new_tensor(self, data, dtype=None):
         return torch.tensor(data, dtype=dtype or self.dtype).to(DEVICE)
 
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, other):
+        if other.shape != self.shape or other.dtype != self.dtype:
+            raise RuntimeError("data of another shape or type cannot take the place of a wrapper's")
+        self.held = other.held
+
+    def __reduce_ex__(self, protocol):  # a checkpoint is read to the CPU, whatever device wrote it
+        return self.held.__reduce_ex__(protocol)
+
     def tolist(self):
         wait("tolist")
         return self.held.tolist()
@@ -78,6 +91,8 @@ class OnGpu(torch.Tensor):
 
 class Imitation(TorchDispatchMode):
     """While it is entered, the device has tensors."""
+
+    held_on = "cpu"
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         return run(op, args, kwargs or {})
@@ -96,7 +111,7 @@ def wait(kind):
     frame, lines = sys._getframe(1), []
     while frame:
         file = Path(frame.f_code.co_filename)
-        if PROJECT in file.parents and file != Path(__file__):
+        if PROJECT in file.parents and "site-packages" not in file.parts and file != Path(__file__):
             lines.append(f"{file.name}:{frame.f_lineno} {frame.f_code.co_name}")
         frame = frame.f_back
     waits[kind, " < ".join(lines[:3])] += 1
@@ -120,7 +135,7 @@ def run(op, args, kwargs):
         wait(name)
     args, kwargs = tree_unflatten([x.held if on_gpu(x) else x for x in flat], spec)
     if is_gpu(device):
-        kwargs["device"] = torch.device("cpu")
+        kwargs["device"] = Imitation.held_on
     kwargs.pop("pin_memory", None)
     same = {id(x.held): x for x in there}  # what an op changes in place stays the same tensor
 
@@ -175,8 +190,8 @@ for name in IN_AUTOCAST:
 
 
 @contextlib.contextmanager
-def imitated():
-    """In this block tensors can be made on DEVICE; the counts begin anew."""
+def imitated(held_on="cpu"):
+    """In this block tensors can be made on DEVICE; the counts begin anew. On "meta" they have shapes and no values."""
     tensor, pin_memory = torch.tensor, torch.Tensor.pin_memory
 
     def tensor_there(data, *args, device=None, **kwargs):
@@ -184,35 +199,51 @@ def imitated():
             return tensor(data, *args, **kwargs).to(DEVICE)
         return tensor(data, *args, device=device, **kwargs)
 
-    torch.tensor, torch.Tensor.pin_memory = tensor_there, lambda x, *device: x
+    def pinned(x, *device):
+        if on_gpu(x):
+            raise RuntimeError("pin_memory: a tensor on gpu:0")
+        return x
+
+    torch.tensor, torch.Tensor.pin_memory = tensor_there, pinned
+    Imitation.held_on = held_on
     waits.clear()
     try:
         with Imitation():
             yield
     finally:
         torch.tensor, torch.Tensor.pin_memory = tensor, pin_memory
+        Imitation.held_on = "cpu"
 
 
-# ---------------------------------------------------------------- steps of pretrain.py
+# ---------------------------------------------------------------- the project's scripts
 
-SMALL = "--dataset shapes --size 16 --limit 120 --batch 40 --epochs 1 --precision float32".split()
+SMALL = "--dataset shapes --size 16 --limit 80 --batch 40 --epochs 1 --precision float32 --log-every 1".split()
+
+
+def run_there(script, options):
+    """main of a script of the project, an imported module, on the device."""
+    choose_device, script.choose_device = script.choose_device, lambda name: DEVICE
+    try:
+        with imitated():
+            return script.main(list(map(str, options)), standalone_mode=False)
+    finally:
+        script.choose_device = choose_device
 
 
 def pretrain_there(options, run):
-    """(the losses of the steps, the synchronisations of the second step) of pretrain.py on the device."""
-    import losses
+    """(the losses of the steps, the synchronisations of the second step) of pretrain.py on the device.
+
+    What is logged and saved after a step does not count.
+    """
     import pretrain
     from common.journal import Journal
 
-    losses.MATRIX, pretrain.choose_device = 16, lambda name: DEVICE  # strips already at these sizes
-    seen, note_step = [], Journal.note_step
+    losses, counts, note_step, save = [], [], Journal.note_step, Journal.save_now_and_then
 
     def noted(self, run, loss, lr):
-        step = Counter(waits)
-        seen.append((loss.held.item(), step))
+        losses.append(loss.held.item())
+        counts.append(Counter(waits))
         note_step(self, run, loss, lr)
-
-    save = Journal.save_now_and_then
 
     def saved(self, *arguments):
         save(self, *arguments)
@@ -220,15 +251,17 @@ def pretrain_there(options, run):
 
     Journal.note_step, Journal.save_now_and_then = noted, saved
     try:
-        with imitated():
-            pretrain.main([*SMALL, *options, "--run-dir", str(run)], standalone_mode=False)
+        run_there(pretrain, [*SMALL, *options, "--run-dir", run])
     finally:
         Journal.note_step, Journal.save_now_and_then = note_step, save
-    return [loss for loss, _ in seen], seen[1][1]
+    return losses, counts[1]
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(PROJECT))
+    import losses
+
+    losses.MATRIX = 16  # strips already at these sizes
     with tempfile.TemporaryDirectory() as folder:
         values, counted = pretrain_there(sys.argv[1:], Path(folder, "run"))
     print(f"losses {values}; {counted.total()} synchronisations in the second step")

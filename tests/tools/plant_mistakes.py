@@ -36,7 +36,7 @@ MISTAKES = {
     "losses.py": [
         ("drop the 1/|P|", "(w * log_P).sum(1) / -total, valid", "-(w * log_P).sum(1), valid", "losses theory strips"),
         ("keep self in A(i)",
-         "_Scores.apply(a, b, own), _fill(", "_Scores.apply(a, b, None), _fill(", "losses theory strips"),
+         "_score_matrix(a, b, own), _fill(", "_score_matrix(a, b, None), _fill(", "losses theory strips"),
         ("no maximum before exp",
          "log_P = s.log_softmax(1)", "log_P = s - s.exp().sum(1, keepdim=True).log()", "losses theory strips"),
         ("wrong sign of the contrasts' gradient",
@@ -131,6 +131,12 @@ MISTAKES = {
          "found = self.found.pop()", "found = self.found.pop(0)", "losses theory strips"),
         ("the precision's switch not locked",
          "threading.Lock()", "__import__('contextlib').nullcontext()", "losses theory strips"),
+        ("autocast beneath torch.func",
+         "torch.autocast(a.device.type, enabled=False):\n        return _fill",
+         "torch.autocast(a.device.type):\n        return _fill", "transforms"),
+        ("strips in an exported loss", "MATRIX**2 and not _is_traced():", "MATRIX**2:", "transforms"),
+        ("a DTensor's rows taken",
+         'z.ndim == 2 and not hasattr(z, "device_mesh")', "z.ndim == 2", "transforms"),
         ("the precision left behind",
          "if self.backend.fp32_precision != found:", "if False:", "losses theory strips"),
     ],
@@ -188,6 +194,9 @@ MISTAKES = {
          "    if ranks.rank == 0:\n            found = read(", "    if True:\n            found = read(", "clusters"),
     ],
     "linear_probe.py": [
+        ("a device's order by a generator of the CPU",
+         "torch.randperm(n, generator=g).to(r.device)",
+         "torch.randperm(n, generator=g, device=r.device)", "imitated_gpu"),
         ("what is held out is trained on too",
          'return take(train, kept), take(train, held),', 'return train, take(train, held),', "images"),
         ("the probe: gradients add up over the steps", "            optimizer.zero_grad()\n", "", "probe"),
@@ -410,6 +419,7 @@ MISTAKES = {
         ("any split is one", "if split not in SPLITS[True] + SPLITS[False]:", "if False:", "label_files"),
     ],
     "common/metrics.py": [
+        ("votes on the CPU", "device=bank.device, dtype=s.dtype", "dtype=s.dtype", "imitated_gpu"),
         ("bins [a, b)",
          "(confidence * bins).ceil().long().clamp(1, bins) - 1",
          "(confidence * bins).long().clamp(max=bins - 1)", "metrics"),
@@ -583,6 +593,10 @@ MISTAKES = {
         ("the earlier parts of a run are forgotten", 'return before.get("earlier", []) + [', "return [", "keeping"),
     ],
     "common/views.py": [
+        ("every draw waits for the device",
+         "x.pin_memory().to(device, non_blocking=True)", "x.to(device)", "imitated_gpu"),
+        ("images on the device are fetched again", 'if x.device.type != "cpu" or device', "if device", "imitated_gpu"),
+        ("workers' images wait for the device", "send(next(ready), device)", "next(ready).to(device)", "imitated_gpu"),
         ("the row and the column of a crop from one number",
          "uniform(0, 1, 2) * (size - sides + 1)", "uniform(0, 1, 1) * (size - sides + 1)", "views"),
         ("a crop never reaches the last row or column",
@@ -693,7 +707,12 @@ MISTAKES = {
          "{c: [e - clean for e in errors[c]] for c in errors}",
          "{c: [e - clean / 5 for e in errors[c]] for c in errors}", "robustness"),
     ],
+    "benchmarks/scaling.py": [
+        ("products in place cost nothing", 'name.rstrip("_")', "name", "scaling"),
+        ("a GPU sends everything once", "2 * (gpus - 1) / gpus", "(gpus - 1) / gpus", "scaling"),
+    ],
     "common/ranks.py": [
+        ("cuDNN's trials stay on", "= before\n\n\nMEETING", "= before[0], wanted\n\n\nMEETING", "imitated_gpu"),
         ("a refusal is not agreed on",
          "        if speaker:\n", "        if self.refusal:\n", "nothing_lost"),
         ("what one rank is asked, the others do not hear",
