@@ -68,7 +68,7 @@ def views(gpu, n, size):
     """The Kernels that make one view of n images."""
     with imitated() as gpu0, Kernels(gpu) as kernels:
         images, mean = torch.empty(n, 3, size, size, dtype=torch.uint8, device=gpu0), torch.empty(3, device=gpu0)
-        make_view(images, draw_view(n, size, "sim", torch.Generator()).to(gpu0), mean, mean)
+        make_view(images, draw_view(n, size, "sim", ("scaling",)).to(gpu0), mean, mean)
     return kernels
 
 

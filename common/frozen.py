@@ -14,7 +14,7 @@ from common.config import of_checkpoint
 from common.models import bfloat16_is_fast, build_encoder, build_projection, encode, encode_images, widths_of
 from common.objectives import OBJECTIVES
 from common.run_folder import checkpoint_of, load_checkpoint, load_plain, load_state, write_aside
-from common.views import WorkerViews, draw_view, make_view, worker_batches
+from common.views import WorkerViews, draw_view, make_view, send, worker_batches
 
 
 class Frozen(nn.Module):
@@ -127,7 +127,8 @@ def extract(frozen, data, key=None, batch=500, workers=2):
     parts, device = [], frozen.mean.device
     for k, part in enumerate(rows):
         view = draw_view(len(part), frozen.size, "crop", (*key, k), crop_min=crop_min)
-        parts.append(frozen.encode(make_view(data.images[part].to(device), view.to(device), frozen.mean, frozen.std)))
+        images = send(data.images[part], device)
+        parts.append(frozen.encode(make_view(images, view.to(device), frozen.mean, frozen.std)))
     return torch.cat(parts)
 
 
