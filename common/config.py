@@ -190,7 +190,7 @@ class Config:
                         "float32: without TF32.")
     sync_bn: bool = option(False, bool, "Batch norm over all ranks (on GPUs).")
     compile: bool = option(False, bool, "torch.compile the encoder.")
-    save_minutes: float = option(10.0, NOT_NEGATIVE, "Save a checkpoint at least this often, and after every epoch.")
+    save_minutes: float = option(10.0, NOT_NEGATIVE, "Save a checkpoint at least this often, and after epochs where it is cheap.")
     keep_every: int = option(None, COUNT, "Keep the weights of every so many epochs too, as epoch-0003.pt.", "none")
     log_every: int = option(10, COUNT, "Steps between two entries of the log.")
     tensorboard: bool = option(False, bool, "Write the entries for TensorBoard, too (pip install tensorboard).")
