@@ -190,7 +190,8 @@ class Config:
                         "float32: without TF32.")
     sync_bn: bool = option(False, bool, "Batch norm over all ranks (on GPUs).")
     compile: bool = option(False, bool, "torch.compile the encoder.")
-    save_minutes: float = option(10.0, NOT_NEGATIVE, "Save a checkpoint at least this often, and after epochs where it is cheap.")
+    save_minutes: float = option(10.0, NOT_NEGATIVE,
+                                 "Save a checkpoint at least this often, and after epochs where it is cheap.")
     keep_every: int = option(None, COUNT, "Keep the weights of every so many epochs too, as epoch-0003.pt.", "none")
     log_every: int = option(10, COUNT, "Steps between two entries of the log.")
     tensorboard: bool = option(False, bool, "Write the entries for TensorBoard, too (pip install tensorboard).")
@@ -499,7 +500,8 @@ def require_same_data(config, data, contents):
             f"{source} gives the images other labels, or another order, than the run began with: {remedy}")
     if config.streams != STREAMS:
         chosen = config.subset < 1 or config.label_noise or config.limit and config.dataset == "folder"
-        require(config.streams or not chosen, "since this run of an earlier version began, other images belong to its --limit, --subset "
+        require(config.streams or not chosen,
+                "since this run of an earlier version began, other images belong to its --limit, --subset "
                 "or --label-noise: end it with that version, or start a new run")
         changed = "views" if config.streams else "order and its views"
         say(f"this run is of an earlier version: from here on its {changed} are drawn otherwise")
