@@ -28,7 +28,7 @@ from torch import nn
 import losses
 from common.cli import Refused, is_first, run_command, say
 from common.config import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, refuse_two_rates, require
-from common.data import DATASETS, STREAMS, Data, Missing, all_but, generator, load_data, stratified, take
+from common.data import DATASETS, Data, Missing, all_but, generator, load_data, stratified, take
 from common.data import with_classes_of
 from common.figures import draw_probe, pyplot
 from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, load_encoder, write_classifier
@@ -263,7 +263,7 @@ def seen_and_left_out(config, source):
     """The training images that the run took, those that its --subset left out, and what the latter are."""
     if config.get("subset", 1.0) == 1:
         raise Refused("--validate tests on the images that pretrain.py --subset left out: this run took all of them")
-    if config.get("streams") != STREAMS:
+    if config.get("streams") is None:
         raise Refused("--validate cannot tell which images a run of an earlier version left out: train it again")
     data = load_data(config["dataset"], config["data"], True, limit=config["limit"], **source)
     require_two_classes(data, config["data"])

@@ -134,8 +134,8 @@ class SupConLoss(nn.Module):
         self.contrast_mode, self.variant, self.normalize = contrast_mode, variant, normalize
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        fits = features.ndim > 2 and not hasattr(features, "device_mesh")
-        _require(fits, "features must be (B, V, ...), a DTensor's full_tensor(), got {}", features)
+        _require(features.ndim > 2, "features must be (B, V, ...), got {}", features)
+        _require_whole(features)
         _require(labels is None or mask is None, "give labels or mask, not both")
         B, V = features.shape[:2]
         z = _widen(features.flatten(2).transpose(0, 1).flatten(0, 1))  # (V B, D), view by view
@@ -317,7 +317,8 @@ def global_mean(values: Tensor, valid: Tensor) -> Tensor:
     """
     fits = valid.shape == values.shape and valid.dtype == torch.bool
     _require(fits, "valid must be boolean {}, got {} {}", values, valid.dtype, valid)
-    return _sum_over_ranks(torch.where(valid, _widen(values), 0).sum()) / _sum_over_ranks(valid.sum()).clamp(min=1)
+    total = torch.where(valid, _widen(values), 0).sum()
+    return _sum_over_ranks(total) / _sum_over_ranks(valid.sum()).clamp(min=1)
 
 def all_gather_rows(z: Tensor) -> Tensor:
     """The rows (n_r, ...) of every rank r, features or labels, in the order of the ranks, with gradients.
@@ -396,13 +397,17 @@ def _reduce(loss, valid, reduction):
     return loss if reduction == "none" else loss.sum() / valid.count_nonzero().clamp(min=1)
 
 def _check(z, y=None, views=1, soft=False):
-    _require(z.ndim == 2 and not hasattr(z, "device_mesh"), "z must be (N, D), a DTensor's full_tensor(), got {}", z)
+    _require(z.ndim == 2, "z must be (N, D), got {}", z)
+    _require_whole(z)
     if y is not None:
         _require(isinstance(y, Tensor), "y must be a tensor, got a {}", type(y).__name__)
         fits = y.ndim in (1, 1 + soft) and len(y) == len(z) and y.shape[1:] != (1,)
         _require(fits, "y must hold one label for each row of z {}, got {}", z, y)
         _require(y.ndim == 1 or y.is_floating_point(), "class probabilities y must be floating point, got {}", y.dtype)
     _require(views > 0 and len(z) % views == 0, "the rows of z {} must be a multiple of views >= 1, got {}", z, views)
+
+def _require_whole(z):
+    _require(not hasattr(z, "device_mesh"), "of a DTensor {} the losses take full_tensor(), or the ranks' own rows", z)
 
 def _check_contrast(z, y, contrast, y_contrast):
     _check(contrast, y_contrast, soft=True)
@@ -495,8 +500,9 @@ def _exact_op(fake):
         if not hasattr(torch.Tag, "cudagraph_unsafe"):  # as in torch 2.7: torch.compile then breaks the graph here
             return exact
         name = f"supcon_{__name__.replace('.', '_')}::{f.__name__}"  # another copy of this file has ops of its own
+        unsafe = (torch.Tag.cudagraph_unsafe,)  # strips look at the size of the scores
         schema = torch.library.infer_schema(f, mutates_args=())
-        op = torch.library.custom_op(name, exact, mutates_args=(), schema=schema, tags=(torch.Tag.cudagraph_unsafe,))
+        op = torch.library.custom_op(name, exact, mutates_args=(), schema=schema, tags=unsafe)
         op.register_fake(fake)
         return lambda *args: (op if torch.compiler.is_compiling() else exact)(*args)
 
@@ -506,13 +512,15 @@ def _exact_op(fake):
 def _product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
-def _score_matrix(a, b, own):  # as _Scores, into which torch.func and torch.export cannot look
+def _score_matrix(a, b, own):
+    """As _Scores, into which torch.func and torch.export cannot look."""
     if not _is_traced():
         return _Scores.apply(a, b, own)
     with torch.autocast(a.device.type, enabled=False):
         return _fill(a @ (a if b is None else b).T, own, ABSENT)
 
-def _is_traced():  # by torch.func, or by torch.export in torch 2.6 and newer
+def _is_traced():
+    """Whether torch.func is at work, or torch.export, in torch 2.6 and newer."""
     return torch._C._are_functorch_transforms_active() or getattr(torch.compiler, "is_exporting", bool)()
 
 class _Scores(torch.autograd.Function):
@@ -537,13 +545,14 @@ class _Scores(torch.autograd.Function):
 #   L_out,i = lse_{a in A(i)} s_ia/tau  -  mean_{p in P(i)} s_ip/tau
 #   L_in,i  = lse_{a in A(i)} s_ia/tau  -  lse_{p in P(i)} s_ip/tau  +  log |P(i)|
 #
-# lse, the log of the sum of exp, goes over strips: a block of anchors against the contrast set. The mean needs no
-# scores: it is z_i . c_i / tau, c_i the mean of the rows P(i), from the sums of the classes. Where the anchors are the
-# contrast set, s_ij = s_ji: a strip begins with its own rows, and what lies right of them is its mirror below as well.
+# lse, the log of the sum of exp, goes over strips: a block of anchors against columns of the contrast set. The mean
+# needs no scores: it is z_i . c_i / tau, c_i the mean of the rows P(i), from the sums of the classes. Where the anchors
+# are the contrast set, s_ij = s_ji: a block's strips begin at its own rows, and what lies right of these is its mirror
+# below as well.
 # Here s_ij is z_i . z_j / (tau log 2): 2^s_ij is exp(z_i . z_j / tau), and exp2 is three times as fast on some CPUs.
 
 ROWS = 256  # anchors in a strip, eight times as many on an accelerator
-HELD = 2**24  # scores that a strip holds at most, and then it has fewer anchors
+COLUMNS = 8192  # of the contrast set in a strip: wider ones leave a CPU's cache
 KEPT = 2**24  # scores that are kept for the backward at most; where there are more, it computes the strips again
 
 def _from_strips(variant, a, b, y_a, y_b, own):
@@ -611,11 +620,12 @@ def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | Non
     small = _are_small(a, b, y_a)
     kept = []
     log_sum = a.new_full((1 if y_a is None else 2, len(a)), -torch.inf)
-    for I, J, s in _strips(a, b, own, small, keep):
+    for I, J, later, s in _strips(a, b, own, small, keep):
         for total, part in zip(log_sum, _parts(s, I, J, y_a, y_b, small)):
             total[I] = total[I].logaddexp2(_log_sum(part, 1, small))
             if b is None:
-                total[I.stop :] = total[I.stop :].logaddexp2(_log_sum(part[:, len(s) :], 0, small))
+                mirror = part[:, later.start - J.start :]
+                total[later] = total[later].logaddexp2(_log_sum(mirror, 0, small))
         if keep:
             kept.append(s)
     return [log_sum, torch.tensor(small), *kept]
@@ -629,7 +639,7 @@ def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor 
     factor = slope * torch.exp2(-log_sum) if small else slope
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
     room_of_G, room = a.new_empty(0), a.new_empty(0)
-    for I, J, s in _strips(a, b, own, small, kept=kept):
+    for I, J, later, s in _strips(a, b, own, small, kept=kept):
         G = room_of_G.resize_(s.shape).zero_()  # dL/ds_ij, and dL/ds_ji as well where s_ij stands for both
         for k, part in enumerate(_parts(s, I, J, y_a, y_b, small)):
             for K in ((I, None), J) if b is None else ((I, None),):  # the anchors: rows of s, or columns
@@ -639,25 +649,29 @@ def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor 
                 G.addcmul_(softmax, factor[k][K])
         grads[0][I].addmm_(G, (a if b is None else b)[J])
         if b is None:
-            grads[0][I.stop :].addmm_(G[:, len(s) :].T, a[I])
+            grads[0][later].addmm_(G[:, later.start - J.start :].T, a[I])
         elif of_b:
-            grads[1].addmm_(G.T, a[I])
+            grads[1][J].addmm_(G.T, a[I])
     return grads
 
 def _strips(a, b, own, small, keep=False, kept=()):
-    """Yields (I, J, s): anchors, their columns, and s_ij between them, or 2^s_ij if small; -inf or 0 for j = own + i.
-    One strip overwrites another unless keep. They are taken from kept, unless that is empty."""
-    columns = a if b is None else b
-    rows = max(1, min(ROWS if a.device.type == "cpu" else 8 * ROWS, HELD // len(columns)))
-    room = a.new_empty(0)
+    """Yields (I, J, later, s): anchors; some of their columns; those of J that come after I; and s_ij between I and J,
+    or 2^s_ij if small, with -inf or 0 for j = own + i. One strip overwrites another unless keep. They are taken from
+    kept, unless that is empty."""
+    rows_of_b = a if b is None else b
+    rows = ROWS if a.device.type == "cpu" else 8 * ROWS
+    room, kept = a.new_empty(0), iter(kept)
     for i in range(0, len(a), rows):
-        I, J = slice(i, min(i + rows, len(a))), slice(i if b is None else 0, len(columns))
-        if kept:
-            yield I, J, kept[i // rows]
-            continue
-        s = torch.mm(a[I], columns[J].T, out=None if keep else room.resize_(I.stop - i, J.stop - J.start))
-        s = _fill(s, None if own is None else own + i - J.start, -torch.inf)
-        yield I, J, s.exp2_() if small else s
+        I = slice(i, min(i + rows, len(a)))
+        for j in range(i if b is None else 0, len(rows_of_b), COLUMNS):
+            J = slice(j, min(j + COLUMNS, len(rows_of_b)))
+            later = slice(max(I.stop, j), max(I.stop, J.stop))
+            s = next(kept, None)
+            if s is None:
+                s = torch.mm(a[I], rows_of_b[J].T, out=None if keep else room.resize_(I.stop - i, J.stop - j))
+                s = _fill(s, None if own is None else own + i - j, -torch.inf)
+                s = s.exp2_() if small else s
+            yield I, J, later, s
 
 def _are_small(a, b, y_a):
     """Whether |s_ij| < 60 by Cauchy and Schwarz, so that 2^s_ij can be added up without taking a maximum off."""

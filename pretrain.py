@@ -29,13 +29,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
-from common.cli import Refused, Stopped, run_command, say, signals_noted
+from common.cli import ENDING, SAVING, Asked, Refused, Stopped, run_command, say, signals_noted
 from common.config import GroupedCommand, complete, config_options, fit_to_data, read
-from common.data import load_on_every_rank, mean_and_std
+from common.data import checksum, load_on_every_rank, mean_and_std
 from common.initial import start_from
 from common.journal import open_journal
 from common.metrics import knn_top1
-from common.models import Queue, bfloat16_is_fast, build_model, features, still_statistics
+from common.models import Queue, build_model, features, still_statistics, type_of_autocast
 from common.objectives import OBJECTIVES, total_loss
 from common.optim import learning_rate, make_optimizer, set_learning_rate
 from common.presets import PRESETS, describe
@@ -52,7 +52,8 @@ def train(config, ranks, resumed=None):
     resumed: the contents of a checkpoint to go on from. Every rank calls this with the same arguments. Rank 0 alone
     reads and writes the run's folder, so that no other node needs it.
     """
-    with fast_convolutions(config.precision != "float32"):
+    asked = Asked()
+    with fast_convolutions(config.precision != "float32"), signals_noted(asked, SAVING):
         with ranks.hold_refusals():
             complete(config, ranks.world)
             if ranks.rank == 0:
@@ -67,7 +68,7 @@ def train(config, ranks, resumed=None):
             journal = open_journal(run, data, test, ranks, resumed)
         ranks.meet()
         run.join(ranks)
-        with signals_noted() as asked:
+        with signals_noted(asked, ENDING):
             train_steps(run, data, test, ranks, journal, asked)
         with ranks.hold_refusals():
             if journal:
@@ -95,13 +96,14 @@ def train_steps(run, data, test, ranks, journal, asked):
         lr = set_learning_rate(run.optimizer, learning_rate(config, run.step, run.steps_per_epoch))
         run.optimizer.zero_grad()
         loss, z = interruptible_step(run, batch, asked)
-        run.optimizer.step()
-        run.step += 1
+        skipped = run.descend()
         if run.ends_epoch:
             z = gather_views(z, config.views)  # for the diagnosis, which is rank 0's
         if journal:
             with ranks.hold_refusals(), journal.writing():
                 journal.note_step(run, loss, lr)
+                if skipped:
+                    journal.note_skipped(run)
                 if run.ends_epoch:
                     journal.note_epoch(run, diagnose(run, z, data, test))
                 journal.save_now_and_then(run, save)
@@ -114,8 +116,8 @@ def interruptible_step(run, batch, asked):
     except Exception as e:
         if not (asked.end and run.config.compile):
             raise
-        raise Refused(f"stopped while step {run.step + 1} was compiled; this goes on: "
-                      f"{resume_command(run.config.run)}") from e
+        say(f"stopped while step {run.step + 1} was compiled; this goes on:\n{resume_command(run.config.run)}")
+        raise Stopped(asked.end) from e
 
 
 def training_step(run, batch):
@@ -127,7 +129,7 @@ def training_step(run, batch):
     x, y = batch.views()
     z, logits = run.parallel(x)  # (V n_r, D)
     loss = total_loss(config, z, logits, y, batch.index, run.contrasts())
-    loss.backward()
+    run.scaler.scale(loss).backward()
     enqueue(run, [(x, y)])
     return loss.detach(), z.detach()
 
@@ -145,7 +147,7 @@ def cached_gradients(run, batch, parts):
     encoded, y = encode_without_graph(run, parts)
     z, *logits = outputs = [join(rows, views).requires_grad_() for rows in encoded]
     loss = total_loss(config, z, logits[0] if logits else None, y, batch.index, run.contrasts())
-    gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
+    gradients = torch.autograd.grad(run.scaler.scale(loss), outputs, allow_unused=True)
     encode_with_graph(run, parts, [None if g is None else cut(g, views, len(parts[0])) for g in gradients])
     enqueue(run, (part.views() for part in parts))
     return loss.detach(), z.detach()
@@ -206,10 +208,10 @@ class Run:
         """resumed: the contents of a checkpoint, whose state this run takes over."""
         self.config, self.step = config, 0
         self.classes, self.images = list(data.classes), len(data.labels)
+        self.sum_of_labels = checksum(data.labels)
         self.steps_per_epoch = self.images // config.batch
         self.total_steps = config.epochs * self.steps_per_epoch
-        fast = config.precision == "bfloat16" or config.precision == "auto" and bfloat16_is_fast(ranks.device)
-        self.autocast = torch.bfloat16 if fast else None
+        self.autocast = type_of_autocast(config.precision, ranks.device)
         dtype = torch.float64 if config.precision == "float64" else torch.float32
         model = build_model(config, self.autocast)
         if config.init and resumed:
@@ -224,8 +226,10 @@ class Run:
         self.queue = Queue(model, config.queue, config.momentum_encoder) if config.queue else None
         parameters = {"params": model.parameters(), "weight_decay": config.weight_decay}
         self.optimizer = make_optimizer(config, [parameters], config.lr)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "float16")
         if resumed:
             self.restore(resumed)
+        self.factor = self.scaler.get_scale()
         if config.compile:
             model.encoder.compile()
         self.parallel = model  # see `join`
@@ -242,6 +246,16 @@ class Run:
     @property
     def ends_epoch(self):
         return self.step % self.steps_per_epoch == 0
+
+    def descend(self):
+        """Takes a step of the optimizer. Returns whether it was skipped, as is one whose gradients overflow in float16:
+        the scaler then halves the factor by which it keeps them from underflowing."""
+        before = self.factor
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.factor = self.scaler.get_scale()
+        self.step += 1
+        return self.factor < before
 
     def contrasts(self):
         return self.queue.contrasts() if self.queue else None
@@ -260,10 +274,12 @@ class Run:
             "seconds": seconds,
             "losses_of_epoch": losses_of_epoch,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),  # empty but in float16
             "mean": self.mean.cpu().float(),
             "std": self.std.cpu().float(),
             "classes": self.classes,
             "images": self.images,
+            "sum_of_labels": self.sum_of_labels,
         }
 
     def restore(self, contents):
@@ -274,6 +290,8 @@ class Run:
         if self.queue:
             load_state(self.queue, contents.get("queue"), path)
         load_state(self.optimizer, contents["optimizer"], path)
+        if self.scaler.is_enabled():
+            load_state(self.scaler, contents.get("scaler"), path)
         self.step = contents["step"]
         if self.step > self.total_steps:
             raise Refused(f"--epochs {self.config.epochs} ends before step {self.step}, where the run stands: "

@@ -11,6 +11,7 @@ All train the same encoder and head with SGD. Views per second are those of one 
 torchvision's on PIL images one by one.
 """
 
+import itertools
 import platform
 import statistics
 import sys
@@ -82,10 +83,12 @@ def steps_of(config, data, workers):
             torch.cuda.synchronize()
 
     ours, ours_sgd = trained(autocast, torch.channels_last)
+    steps = itertools.count()
 
     def our_step():
         rows = torch.randperm(len(labels), generator=g)[: config.batch].to(device)
-        draws = [draw_view(config.batch, config.size, "sim", g) for _ in range(2)]
+        step = next(steps)
+        draws = [draw_view(config.batch, config.size, "sim", (step, v)) for v in range(2)]
         views = [make_view(pixels[rows], draw.to(device), mean, std) for draw in draws]
         z, _ = ours(torch.cat(views).contiguous(memory_format=torch.channels_last))
         descend(ours_sgd, losses.supcon_out(z, labels[rows].repeat(2), 0.1))
@@ -115,10 +118,10 @@ def views_on_one_core(data, size):
     """Functions that make views of 256 images, on one thread."""
     mean, std = mean_and_std("shapes", data.images)
     transform, pictures = sim_augment(size, mean, std), [to_pil_image(x) for x in data.images[:256]]
-    g = torch.Generator().manual_seed(0)
+    steps = itertools.count()
 
     def ours():
-        draw = draw_view(256, size, "sim", g)
+        draw = draw_view(256, size, "sim", (next(steps),))
         return make_view(data.images[:256], draw, mean, std)
 
     return {"views, ours": ours, "views, torchvision": lambda: torch.stack([transform(x) for x in pictures])}

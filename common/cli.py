@@ -43,11 +43,11 @@ class Asked:
     def __init__(self):
         self.end, self.save = 0, False
 
-    def note_end(self, number, frame):
-        self.end = self.end or number
-
-    def note_save(self, number, frame):
-        self.save = True
+    def note(self, number, frame):
+        if signal.Signals(number).name in SAVING:
+            self.save = True
+        else:
+            self.end = self.end or number
 
 
 ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -55,18 +55,16 @@ SAVING = ("SIGUSR1", "SIGUSR2")  # by which schedulers warn a job that its time 
 
 
 @contextlib.contextmanager
-def signals_noted():
-    """Gives an Asked, in which signals are noted, so that a run ends, or saves, at the end of a step.
+def signals_noted(asked, names):
+    """Notes the signals of these names in `asked`, an Asked, so that a run ends, or saves, at the end of a step.
 
     A second signal changes nothing. A signal that is ignored already, as under nohup, stays ignored.
     """
-    asked = Asked()
-    handlers = dict.fromkeys(ENDING, asked.note_end) | dict.fromkeys(SAVING, asked.note_save)
-    handlers = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
-    heeded = [number for number in handlers if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, handlers[number]) for number in heeded}
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, asked.note) for number in heeded}
     try:
-        yield asked
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if asked.end else handler)
@@ -111,7 +109,7 @@ def on_terminal():
 
 def write(words, end, err=False):
     try:
-        click.echo(words + end, nl=False, err=err)
+        click.echo(f"{words}{end}", nl=False, err=err)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, (sys.stderr if err else sys.stdout).fileno())

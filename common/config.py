@@ -15,8 +15,8 @@ import click
 import torch
 from click.core import ParameterSource
 
-from common.cli import Refused, say
-from common.data import DATASETS, STREAMS
+from common.cli import Refused, is_first, say
+from common.data import DATASETS, STREAMS, checksum
 from common.images import SMALL
 from common.initial import refuse_without_weights
 from common.journal import summary_writer
@@ -185,8 +185,9 @@ class Config:
     seed: int = option(0, click.IntRange(0, 2**63 - 1), "Seed of weights, order and views.")
     run: str = option(None, str, "Folder for log and checkpoints.", "runs/DATASET-ARCH-LOSS-sSEED", flag="--run-dir")
     device: str = option(None, str, "torch device.", "cuda if there is one, else cpu")
-    precision: str = option("auto", one_of(["auto", "bfloat16", "float32", "float64"]),
-                        "auto: bfloat16 autocast where the hardware has it; float32: without TF32.")
+    precision: str = option("auto", one_of(["auto", "bfloat16", "float16", "float32", "float64"]),
+                        "auto: bfloat16 autocast where the hardware has it; float16: for GPUs without it; "
+                        "float32: without TF32.")
     sync_bn: bool = option(False, bool, "Batch norm over all ranks (on GPUs).")
     compile: bool = option(False, bool, "torch.compile the encoder.")
     save_minutes: float = option(10.0, NOT_NEGATIVE, "Save a checkpoint at least this often, and after every epoch.")
@@ -403,7 +404,7 @@ def complete(config, world):
     """Fills in the defaults, and refuses what cannot work on `world` ranks, whatever the data."""
     fill_in_defaults(config)
     loss, objective = config.loss, OBJECTIVES[config.loss]
-    if config.tensorboard:
+    if config.tensorboard and is_first():
         summary_writer()  # whose package may be lacking
     require(config.warmup < config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}")
     require(config.freeze_epochs <= config.epochs,
@@ -459,6 +460,7 @@ def refuse_uneven_batches(config, world):
 def fit_to_data(config, data, resumed=None):
     """Fills in what depends on the data, and refuses data that do not fit the options or the run that is resumed."""
     n, size, classes = len(data.labels), data.images.shape[-1], len(data.classes)
+    source = source_of(config)
     fill_in(config, size=size, num_classes=classes)
     if has_stem(config.arch):
         fill_in(config, stem="3x3" if size <= SMALL else "7x7")
@@ -467,10 +469,10 @@ def fit_to_data(config, data, resumed=None):
     require(n >= config.batch, f"--batch {config.batch} is larger than the {n} training images: lower --batch")
     wants_classes = f"--loss {config.loss}" if reads_labels else "--balanced" if config.balanced else ""
     require(classes or not wants_classes,
-            f"--data {config.data} has images without class folders: {wants_classes} wants DIR/train/CLASS/*.jpg, "
+            f"{source} has images without class folders: {wants_classes} wants DIR/train/CLASS/*.jpg, "
             "and --loss simclr takes them as they are")
     require(classes > 1 or not reads_labels,
-            f"--data {config.data} has one class alone: --loss {config.loss} needs two, --loss simclr none")
+            f"{source} has one class alone: --loss {config.loss} needs two, --loss simclr none")
     alone = torch.bincount(data.labels, minlength=classes).min() < 2
     require(not objective.pairs or not alone,
             f"--loss {config.loss} needs two images of every class: raise --limit or mend the data")
@@ -478,16 +480,26 @@ def fit_to_data(config, data, resumed=None):
         require_same_data(config, data, resumed)
 
 
+def source_of(config):
+    """The option that says what the training images are."""
+    return f"--labels {config.labels}" if config.labels else f"--data {config.data}"
+
+
 def require_same_data(config, data, contents):
     """Refuses other data than the run began with: a step is a place in the epochs of those."""
+    source = source_of(config)
     remedy = "name the run's own data"
     require(list(data.classes) == contents["classes"],
-        f"--data {config.data} holds other classes than the run began with: {remedy}")
+        f"{source} holds other classes than the run began with: {remedy}")
     images = contents.get("images", len(data.labels))
     require(len(data.labels) == images,
-            f"--data {config.data} holds {len(data.labels)} images, the run began with {images}: {remedy}")
+            f"{source} holds {len(data.labels)} images, the run began with {images}: {remedy}")
+    sum_of_labels = checksum(data.labels)
+    require(contents.get("sum_of_labels", sum_of_labels) == sum_of_labels,
+            f"{source} gives the images other labels, or another order, than the run began with: {remedy}")
     if config.streams != STREAMS:
         chosen = config.subset < 1 or config.label_noise or config.limit and config.dataset == "folder"
-        require(not chosen, "since this run of an earlier version began, other images belong to its --limit, --subset "
+        require(config.streams or not chosen, "since this run of an earlier version began, other images belong to its --limit, --subset "
                 "or --label-noise: end it with that version, or start a new run")
-        say("this run is of an earlier version: from here on its order and its views are drawn otherwise")
+        changed = "views" if config.streams else "order and its views"
+        say(f"this run is of an earlier version: from here on its {changed} are drawn otherwise")

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import socket
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -64,9 +65,12 @@ def load_on_every_rank(config, ranks):
 
 
 def require_same_on_every_rank(data, root, ranks):
-    """Raises Refused on every rank where one of them has other classes, labels or names of images than rank 0."""
+    """Raises Refused on every rank where one of them has other classes, labels or images than rank 0.
+
+    Files are known by their names, because one file may be decoded in two ways, and other images by their checksums.
+    """
     names = [os.path.relpath(path, root) for path in data.paths or ()]  # the root may differ from node to node
-    names = names or [f"image {row}" for row in range(len(data.labels))]
+    names = names or [f"image {row} ({zlib.crc32(image):08x})" for row, image in enumerate(data.images.numpy())]
     if data.classes:
         names = [f"{name} of the class {data.classes[label]}" for name, label in zip(names, data.labels.tolist())]
     mine = sorted([*(f"the class {name}" for name in data.classes), *names])
@@ -80,6 +84,11 @@ def require_same_on_every_rank(data, root, ranks):
             raise Refused(f"--data {root} on {socket.gethostname()} is not what rank 0 holds, "
                           f"{first_difference(mine, theirs)}: copy the data there again")
     ranks.meet()
+
+
+def checksum(labels):
+    """A number that tells labels, and their order, from others."""
+    return zlib.crc32(labels.numpy())
 
 
 def first_difference(mine, theirs):
@@ -243,7 +252,7 @@ def resize_square(images, size):
 
 
 MT19937 = slice(24, 24 + 624 * 8)  # the bytes of a generator's state that hold the Mersenne Twister's 624 words
-STREAMS = 2  # counts the ways to make a stream of a key
+STREAMS = 3  # counts the ways to make random numbers of a key: 2 since version 0.4, and 3 has other views
 
 
 def generator(*key):
@@ -252,13 +261,28 @@ def generator(*key):
     A key holds words, which keep the uses of a seed apart, and whole numbers below 2^64. The whole state of the
     generator is drawn here. torch would fill it from 32 bits, which two among a hundred thousand keys may share.
     """
-    numbers = [int.from_bytes(part.encode(), "little") if isinstance(part, str) else part for part in key]
-    halves = [number >> shift & 0xFFFFFFFF for number in numbers for shift in (0, 32)]
-    drawn = np.random.SeedSequence([len(key), *halves])  # which fills a short key up with zeros
+    drawn = seed_sequence(key)
     g = torch.Generator().manual_seed(int(drawn.generate_state(1, np.uint64)[0] >> np.uint64(1)))
     state = g.get_state()
     state[MT19937].view(torch.int64)[:] = torch.from_numpy(drawn.generate_state(624).astype(np.int64))
     return g.set_state(state)
+
+
+def seed_sequence(key):
+    numbers = [int.from_bytes(part.encode(), "little") if isinstance(part, str) else part for part in key]
+    halves = [number >> shift & 0xFFFFFFFF for number in numbers for shift in (0, 32)]
+    return np.random.SeedSequence([len(key), *halves])  # which fills a short key up with zeros
+
+
+def uniforms(n, count, *key, first=0):
+    """(n, count) numbers in [0, 1), float32: `count`, a multiple of 4, for each of the images first ... first + n - 1.
+
+    An image's numbers belong to the key and to its place, whoever draws them: Philox computes any of its numbers from
+    their place in the stream, four at a time, so that nobody draws the numbers of others (Salmon et al. 2011).
+    """
+    stream = np.random.Philox(key=seed_sequence(key).generate_state(2, np.uint64)).advance(first * count // 4)
+    bits = stream.random_raw(n * count) >> np.uint64(40)
+    return torch.from_numpy(bits.astype(np.float32)).view(n, count) / 2**24
 
 
 def uniform_from(g, n):

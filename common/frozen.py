@@ -11,7 +11,6 @@ from torch import nn
 
 from common.cli import Refused
 from common.config import of_checkpoint
-from common.data import generator
 from common.models import bfloat16_is_fast, build_encoder, build_projection, encode, encode_images, widths_of
 from common.objectives import OBJECTIVES
 from common.run_folder import checkpoint_of, load_checkpoint, load_plain, load_state, write_aside
@@ -127,7 +126,7 @@ def extract(frozen, data, key=None, batch=500, workers=2):
         return torch.cat([frozen(data.images[part]) for part in rows])
     parts, device = [], frozen.mean.device
     for k, part in enumerate(rows):
-        view = draw_view(len(part), frozen.size, "crop", generator(*key, k), crop_min=crop_min)
+        view = draw_view(len(part), frozen.size, "crop", (*key, k), crop_min=crop_min)
         images = send(data.images[part], device)
         parts.append(frozen.encode(make_view(images, view.to(device), frozen.mean, frozen.std)))
     return torch.cat(parts)

@@ -18,7 +18,7 @@ def open_journal(run, data, test, ranks, resumed):
     if ranks.rank > 0:
         return None
     collapse, floor = collapse_and_floor(run.config, data.labels)
-    journal = Journal(run, ranks.world, resumed, collapse)
+    journal = Journal(run, ranks.world, resumed, collapse, floor)
     announce(run, data, test, ranks.world)
     if collapse:
         say(f"the loss is {collapse:.4f} when all features collapse to one; its floor is about {floor:.4f}")
@@ -32,7 +32,7 @@ def announce(run, data, test, world):
     config, size = run.config, data.images.shape[-1]
     weights = sum(p.numel() for p in run.model.encoder.parameters()) / 1e6
     stem = f"{config.stem} stem, " if config.stem else ""
-    precision = "bfloat16 autocast" if run.autocast else "no autocast"
+    precision = f"{str(run.autocast).removeprefix('torch.')} autocast" if run.autocast else "no autocast"
     say(f"{config.dataset}: {len(data.labels)} images of {size} x {size}, {len(data.classes)} classes; {config.arch}, "
         f"{stem}{weights:.2f} M weights, {config.device} x {world}, {precision}")
     tau = "" if config.tau is None else f", tau {config.tau}, loss scale {config.loss_scale:.4f}"
@@ -81,16 +81,17 @@ class Journal:
     """Notes steps and epochs of a `run` and saves its checkpoints. Its methods raise Refused where the run must end.
 
     run: an object with config, step, steps_per_epoch, total_steps, and checkpoint(losses of the epoch, seconds).
-    resumed: the contents of the checkpoint that the run goes on from, or None. collapse: see collapse_and_floor.
+    resumed: the contents of the checkpoint that the run goes on from, or None. collapse, floor: see collapse_and_floor.
     """
 
-    def __init__(self, run, world, resumed, collapse):
+    def __init__(self, run, world, resumed, collapse, floor):
         self.config, self.collapse, self.saved = run.config, collapse, run.step
         self.losses = Losses(resumed.get("losses_of_epoch", ()) if resumed else ())
         self.entry, self.lr, self.shown = None, None, 0.0
         self.sound = True  # see `writing`
         first = None if resumed else run.checkpoint([], 0.0)
-        self.folder = RunFolder(Path(run.config.run), describe_run(run.config, world), first, run.step)
+        about = describe_run(run.config, world) | {"collapse": collapse, "floor": floor}
+        self.folder = RunFolder(Path(run.config.run), about, first, run.step)
         wanted = run.config.tensorboard  # its reader passes over what an earlier part wrote after this step
         self.board = summary_writer()(run.config.run, purge_step=run.step + 1) if wanted else None
         self.seconds = resumed["seconds"] if resumed else 0.0  # of training: diagnoses and saving do not count
@@ -131,6 +132,10 @@ class Journal:
         ends_epoch = run.step % run.steps_per_epoch == 0
         if ends_epoch or run.step % self.config.log_every == 0:
             self.write_step(run, ends_epoch)
+
+    def note_skipped(self, run):
+        """After a step that the gradient scaler has skipped."""
+        self.log({"step": run.step, "skipped": True, "gradient_scale": run.factor})
 
     def write_step(self, run, ends_epoch):
         self.refuse_non_finite(run)

@@ -158,6 +158,13 @@ def features(encoder, images, mean, std, autocast=None, batch=500):
     return torch.cat(parts)
 
 
+def type_of_autocast(precision, device):
+    """The torch type that encoders compute in by --precision, where it is not that of their weights; or None."""
+    if precision == "auto":
+        return torch.bfloat16 if bfloat16_is_fast(device) else None
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+
+
 def bfloat16_is_fast(device):
     """Whether the device has units for products in bfloat16."""
     if device.type == "cuda":

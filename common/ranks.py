@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import itertools
 import os
 import time
 import traceback
@@ -50,13 +49,15 @@ def form_group():
     """Forms the process group of the ranks that torchrun started. Raises Refused where they do not find each other."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     restart, end = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0), time.monotonic() + MEETING_TIME
-    for attempt in itertools.count():
+    met = 0  # times that all ranks came, and got no group: all of them count these alike
+    while True:
         try:
-            left = timedelta(seconds=max(1, end - time.monotonic()))
-            store, rank, world = next(dist.rendezvous("env://", timeout=left))
-            store = dist.PrefixStore(f"meeting {restart} {attempt}", store)
-            wait_for_all(store, world, end)
-            return dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WORKING_TIME)
+            store, rank, world = next(dist.rendezvous("env://", timeout=until(end)))
+            store = dist.PrefixStore(f"meeting {restart} {met}", store)
+            wait_for_all(store, rank, world, end)
+            met += 1
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=until(end))
+            return set_timeout(WORKING_TIME)
         except ValueError as e:
             raise Refused("LOCAL_RANK is set, but torchrun's other variables make no process group "
                           f"({e}): start with torchrun, or unset it") from e
@@ -68,9 +69,20 @@ def form_group():
         time.sleep(1)
 
 
-def wait_for_all(store, world, end):
+def until(end):
+    return timedelta(seconds=max(1, end - time.monotonic()))
+
+
+def set_timeout(timeout):
+    """How long the ranks of the group wait for each other from now on."""
+    public = getattr(dist, "set_timeout", None)  # not before torch 2.14
+    (public or dist.distributed_c10d._set_pg_timeout)(timeout, dist.group.WORLD)
+
+
+def wait_for_all(store, rank, world, end):
     """Returns as soon as `world` ranks have come to the store. Raises RuntimeError after the time `end`."""
-    came, says_at = store.add("came", 1), time.monotonic() + PATIENCE
+    is_new = store.add(f"rank {rank}", 1) == 1  # and not back after a broken connection
+    came, says_at = store.add("came", int(is_new)), time.monotonic() + PATIENCE
     while came < world:
         if time.monotonic() > end:
             raise RuntimeError(f"{came} of {world} ranks came")

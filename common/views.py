@@ -1,7 +1,7 @@
 """Views of a batch, the order of an epoch, the batches of a run.
 
-Everything random is drawn from a generator that belongs to a key such as (seed, epoch, step, view). So order and views
-do not depend on how a batch falls to ranks, nor on whether a run was interrupted.
+Everything random belongs to a key such as (seed, epoch, step, view), and to an image's place in the batch. So order and
+views do not depend on how a batch falls to ranks, nor on whether a run was interrupted.
 
 To add an augmentation of whole batches, give it a name in AUGMENTATIONS, draw its parameters at the end of draw_view
 and apply them in make_view. To add one of single images, give it a name in POLICIES and a row in WorkerViews.
@@ -19,7 +19,7 @@ import torch.utils.data
 from torchvision.transforms import v2 as transforms
 
 from common.cli import Refused
-from common.data import generator, images_of_classes, uniform_from
+from common.data import generator, images_of_classes, uniforms
 from common.images import SMALL, read_image, resize_and_crop
 from common.objectives import OBJECTIVES
 
@@ -49,36 +49,42 @@ def send(x, device):
     return x.pin_memory().to(device, non_blocking=True)
 
 
-def draw_view(n, size, augment, g, crop=True, crop_min=0.2, jitter=0.5):
+def draw_view(n, size, augment, key, first=0, crop=True, crop_min=0.2, jitter=0.5):
     """Parameters of one view of n images from SimCLR's distributions, by default at the reference code's strengths.
+
+    They belong to the key of the view and to the places first ... first + n - 1 of the images in their batch.
 
     A crop takes (crop_min, 1) of the area at an aspect of (3/4, 4/3) and is flipped half of the time. "sim" also draws
     colour jitter of (0.8, 0.8, 0.8, 0.2) * jitter with probability 0.8, grey with 0.2 and, above 64 pixels, a Gaussian
     blur of sigma (0.1, 2) with 0.5. "stacked-rand" draws the same colours. "none" leaves the images as they are.
     crop=False is for images that WorkerViews has cropped already.
     """
-    uniform = uniform_from(g, n)
-    area = uniform(crop_min, 1, 10) * size**2  # ten tries, as in torchvision; then the whole image
-    ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
+    u = uniforms(n, 32, *key, first=first)
+    area = between(crop_min, 1, u[:, :10]) * size**2  # ten tries, as in torchvision; then the whole image
+    ratio = between(math.log(3 / 4), math.log(4 / 3), u[:, 10:20]).exp()
     sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 2).round()  # (n, 10, 2) height, width
     fits = ((sides > 0) & (sides <= size)).all(2)
     sides = sides[torch.arange(n), fits.int().argmax(1)]
     sides = torch.where(fits.any(1, keepdim=True), sides, size)
-    corner = (uniform(0, 1, 2) * (size - sides + 1)).floor().clamp(max=size - sides)
+    corner = (u[:, 20:22] * (size - sides + 1)).floor().clamp(max=size - sides)
     box = torch.cat([corner, sides], 1)
-    flip = uniform(0, 1) < 0.5
-    factors = uniform(max(0.0, 1 - 0.8 * jitter), 1 + 0.8 * jitter, 3)
-    shift = uniform(-0.2 * jitter, 0.2 * jitter, 1)
+    flip = u[:, 22] < 0.5
+    factors = between(max(0.0, 1 - 0.8 * jitter), 1 + 0.8 * jitter, u[:, 23:26])
+    shift = between(-0.2 * jitter, 0.2 * jitter, u[:, 26:27])
     colours = torch.cat([factors, shift], 1)
-    colours[uniform(0, 1) >= 0.8] = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    gray = uniform(0, 1) < 0.2
-    order = torch.randperm(4, generator=g).tolist()
-    sigma = uniform(0.1, 2) * (uniform(0, 1) < 0.5) * (size > SMALL)
+    colours[u[:, 27] >= 0.8] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    gray = u[:, 28] < 0.2
+    sigma = between(0.1, 2, u[:, 29]) * (u[:, 30] < 0.5) * (size > SMALL)
+    order = uniforms(1, 4, *key, "order").squeeze(0).argsort().tolist()
     if augment == "none" or not crop:
         box, flip = torch.tensor([0.0, 0.0, size, size]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
     if augment not in ("sim", "stacked-rand"):
         order, gray, sigma = [], torch.zeros(n, dtype=torch.bool), torch.zeros(n)
     return ViewParameters(box, flip, colours, gray, sigma, order)
+
+
+def between(low, high, u):
+    return low + (high - low) * u
 
 
 def make_view(images, view, mean, std):
@@ -337,7 +343,7 @@ def make_batches(config, data, ranks, mean, std, first_step):
         else:
             source = ([images[send(r, device)]] * config.views for r in rows)
         for position, (r, pixels) in enumerate(zip(rows, source), first):
-            draws = [draw.of(mine).to(device) for draw in draw_views(config, epoch, position, crop=not in_workers)]
+            draws = [draw.to(device) for draw in draw_views(config, epoch, position, mine, crop=not in_workers)]
             key = config.seed, epoch, position
             yield Batch(config, pixels, labels[send(r, device)], on_device, mine.start, draws, key, mean, std)
 
@@ -350,11 +356,12 @@ def order_of(config, labels, epoch):
     return shuffled_balanced(labels, g) if config.balanced else torch.randperm(len(labels), generator=g)
 
 
-def draw_views(config, epoch, position, crop):
-    """The ViewParameters of the global batch for each view of a step."""
+def draw_views(config, epoch, position, mine, crop):
+    """The ViewParameters, for each view of a step, of the images `mine`, a slice of the global batch."""
     keys = [("views", config.seed, epoch, position, v) for v in range(config.views)]
     strength = {"crop": crop, "crop_min": config.crop_min, "jitter": config.jitter}
-    return [draw_view(config.batch, config.size, config.augment, generator(*key), **strength) for key in keys]
+    n = mine.stop - mine.start
+    return [draw_view(n, config.size, config.augment, key, mine.start, **strength) for key in keys]
 
 
 def pixels_from_workers(config, data, rows_of_steps, index, epoch, first, device):

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import linear_probe
 import pretrain
 from common.cli import NotFinite, Refused, say
-from common.data import generator, load_data
-from common.figures import pyplot, save
+from common.data import load_data
+from common.figures import COLOURS, pyplot, save
 from common.models import build_model
 from common.run_folder import load_checkpoint, load_state, newest_checkpoint
 from common.views import draw_view, make_view
@@ -138,7 +138,7 @@ def views_of_test_images(contents, count, augment, views):
     config = contents["config"]
     data = load_data(config["dataset"], config["data"], False, size=config["size"], limit=count)
     size, crop_min, mean, std = config["size"], config["crop_min"], contents["mean"], contents["std"]
-    drawn = [draw_view(len(data.labels), size, augment, generator(config["seed"], 12, v), crop_min=crop_min)
+    drawn = [draw_view(len(data.labels), size, augment, (config["seed"], 12, v), crop_min=crop_min)
              for v in range(views)]
     return torch.cat([make_view(data.images, view, mean, std) for view in drawn]), data.labels.repeat(views)
 
@@ -247,9 +247,6 @@ def compared(claim, paper, found, a, b, key="top1", unit=" %", digits=1):
         return []
     here = f"{spread(found[a], key, digits)} against {spread(found[b], key, digits)}{unit}"
     return [Claim(claim, paper, here, is_above(found[a], found[b], key))]
-
-
-COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999"  # Okabe and Ito's
 
 
 def bars(plt, found, label="top-1 of a linear probe, %"):

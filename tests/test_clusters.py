@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -116,20 +118,27 @@ def test_other_data_on_another_node_is_refused_with_the_first_difference(change,
     assert words in ended.err and socket.gethostname() in ended.err and not (tmp_path / "0" / "run").exists()
 
 
-def test_labels_of_another_order_are_other_data():
+@pytest.mark.parametrize("other", ["labels", "images"])
+def test_labels_of_another_order_and_other_pixels_are_other_data(other):
     class Ranks(common.ranks.Ranks):
         def from_first(self, found):
             return rank_0[type(found)]
 
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (20,), generator=g)
-    data = common.data.Data(None, labels, ["a", "b", "c"])
-    names = [f"image {row} of the class {'abc'[label]}" for row, label in enumerate(labels.tolist())]
+    images = torch.randint(256, (20, 3, 8, 8), generator=g, dtype=torch.uint8)
+    data = common.data.Data(images, labels, ["a", "b", "c"])
+    sums = [zlib.crc32(image.numpy().tobytes()) for image in images]
+    names = [f"image {row} ({sums[row]:08x}) of the class {'abc'[label]}" for row, label in enumerate(labels.tolist())]
     rank_0 = {list: sorted([*names, *(f"the class {name}" for name in "abc")])}
     rank_0[bytes] = hashlib.sha256("\0".join(rank_0[list]).encode()).digest()
     common.data.require_same_on_every_rank(data, "here", Ranks())
-    with pytest.raises(common.cli.Refused, match="it lacks image"):
-        common.data.require_same_on_every_rank(data._replace(labels=labels.roll(1)), "here", Ranks())
+    changed = {"labels": labels.roll(1)} if other == "labels" else {"images": images.clone()}
+    if other == "images":
+        changed["images"][7, 0, 0, 0] += 1
+    first = "image" if other == "labels" else rf"image 7 \({sums[7]:08x}\)"
+    with pytest.raises(common.cli.Refused, match=f"it lacks {first}"):
+        common.data.require_same_on_every_rank(data._replace(**changed), "here", Ranks())
 
 
 # ---------------------------------------------------------------- one command starts, goes on, and is done
@@ -208,10 +217,6 @@ def kill_a_rank_again_and_again(folder, kills, seed, epochs):
     assert log_of(folder / "run") == log_of(folder / "whole")
 
 
-def test_a_rank_that_is_killed_is_started_again_and_the_run_goes_on(tmp_path):
-    kill_a_rank_again_and_again(tmp_path, kills=1, seed=0, epochs=50)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_ranks_that_are_killed_three_times_end_with_the_bits_of_an_unbroken_run(seed, tmp_path):
@@ -268,6 +273,54 @@ def test_a_rank_that_never_comes_is_said_and_ends_the_others_in_time(tmp_path):
     assert [process.exitcode for process in came.processes] == [2, 2]
     assert "waiting for 1 of 3 ranks" in came.err and "the ranks have not met within 4 s" in came.err
     assert "Traceback" not in came.err and not (tmp_path / "run").exists()
+
+
+def fail_once_to_connect(*arguments):
+    """In a rank: the first connection of rank 1 breaks, after it has come."""
+    if os.environ["RANK"] == "1":
+        wait, times = common.ranks.wait_for_all, itertools.count()
+
+        def break_once(store, rank, world, end):
+            if next(times):
+                return wait(store, rank, world, end)
+            wait(store, rank, 1, end)
+            raise torch.distributed.DistNetworkError("broken pipe")
+
+        common.ranks.wait_for_all = break_once
+    meet_within(20, 10, *arguments)
+
+
+def test_a_rank_whose_connection_breaks_comes_back(tmp_path):
+    came = Launch(fail_once_to_connect, (*SMALL, "--epochs", "1", "--run-dir", str(tmp_path / "run")), ranks=2)
+    assert came.wait(timeout=60).status == 0, came.err
+
+
+def die_once_all_came(*arguments):
+    """In a rank: rank 1 is gone when the others connect to it."""
+    if os.environ["RANK"] == "1":
+        torch.distributed.init_process_group = lambda *args, **kwargs: os._exit(9)
+    meet_within(4, 10, *arguments)
+
+
+def test_a_rank_that_dies_while_the_group_forms_holds_nobody(tmp_path):
+    came = Launch(die_once_all_came, (*SMALL, "--run-dir", str(tmp_path / "run")), ranks=2)
+    came.wait(timeout=40)
+    assert [process.exitcode for process in came.processes] == [2, 9]
+    assert "the ranks have not met within 4 s" in came.err and "Traceback" not in came.err
+
+
+def read_for_long(*arguments):
+    """In a rank: rank 1 takes longer to read its data than the ranks may take to meet."""
+    if os.environ["RANK"] == "1":
+        load = pretrain.load_on_every_rank
+        pretrain.load_on_every_rank = lambda *args: time.sleep(3) or load(*args)
+    meet_within(2, 10, *arguments)
+
+
+def test_ranks_that_have_met_wait_longer_for_one_that_reads(tmp_path):
+    command = (*SMALL, "--epochs", "1", "--run-dir", str(tmp_path / "run"))
+    came = Launch(read_for_long, command, ranks=2)
+    assert came.wait(timeout=60).status == 0, came.err
 
 
 def on_a_device_of_its_own(*arguments):

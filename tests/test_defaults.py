@@ -229,4 +229,8 @@ def test_a_run_of_an_earlier_version_goes_on_but_not_with_other_images(capsys):
     config = completed("--limit", "150")
     config.streams = None
     common.config.require_same_data(config, data, contents)
-    assert "of an earlier version" in capsys.readouterr().out
+    assert "of an earlier version: from here on its order and its views" in capsys.readouterr().out
+    config = completed("--subset", "0.5")
+    config.streams = 2  # whose views were others, but not its subsets
+    common.config.require_same_data(config, data, contents)
+    assert "of an earlier version: from here on its views" in capsys.readouterr().out

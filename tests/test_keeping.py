@@ -151,7 +151,7 @@ def journal(folder, monkeypatch, weight=0.0):
     config = SimpleNamespace(batch=5, epochs=9, save_minutes=10, log_every=2, tensorboard=False, run=folder)
     saved = contents(0, encoder={"w": torch.tensor([weight])})
     run = SimpleNamespace(config=config, step=0, steps_per_epoch=100, total_steps=900, checkpoint=lambda *of: saved)
-    made = common.journal.Journal(run, 1, None, None)
+    made = common.journal.Journal(run, 1, None, None, None)
 
     def note(loss, rate):
         run.step += 1
@@ -194,10 +194,11 @@ def test_signals_are_noted_however_many_come():
     heeded |= {signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in heeded.items()}  # some may be ignored here
     try:
-        with common.cli.signals_noted() as asked:
+        asked, both = common.cli.Asked(), (*common.cli.ENDING, *common.cli.SAVING)
+        with common.cli.signals_noted(asked, both):
             assert not asked.end and not asked.save
         assert {number: signal.getsignal(number) for number in heeded} == heeded  # where none came, as they were
-        with common.cli.signals_noted() as asked:
+        with common.cli.signals_noted(asked, both):
             for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
                 signal.raise_signal(number)
         assert asked.end == signal.SIGTERM and asked.save  # the first one that ends a run is its status

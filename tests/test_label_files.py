@@ -8,7 +8,8 @@ import torch
 import common.cli
 import common.data
 import common.labels
-from runs import FOLDER, folder_of, log_of, probe, run_here, train
+import pretrain
+from runs import FOLDER, folder_of, log_of, probe, refusal, run_here, train
 
 pytestmark = pytest.mark.seeds_torch
 
@@ -52,6 +53,19 @@ def test_a_run_of_a_table_is_probed_and_corrupted_by_it(pictures, tmp_path):
         assert result["test_images"] == 8 and result["tested_on"] == "the test set"
         assert run_here("robustness", run, "--limit", "4")["images"] == 4
     assert json.loads((run / "config.json").read_text())["options"]["labels"] == str(folder / "labels.csv")
+
+
+def test_a_run_goes_on_with_its_own_labels_alone(pictures, monkeypatch, capsys):
+    folder, lines = pictures
+    run, own = folder / "run", with_table(folder, lines)
+    train(*FOLDER, "--data", folder, "--labels", own, "--run-dir", run)
+    other = folder / "other.csv"
+    first, second = (next(k for k, line in enumerate(lines) if f",{name},train" in line) for name in "ab")
+    lines[first], lines[second] = lines[first].replace(",a,", ",b,"), lines[second].replace(",b,", ",a,")
+    other.write_text("\n".join(lines))
+    words = refusal(pretrain, ["--resume", run, "--labels", other, "--epochs", "2"], monkeypatch, capsys)
+    assert f"--labels {other} gives the images other labels" in words
+    train("--resume", run, "--epochs", "2")
 
 
 def test_without_a_split_all_images_are_for_training_and_the_probe_holds_some_out(pictures):

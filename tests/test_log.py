@@ -169,7 +169,7 @@ def journal(folder, monkeypatch, steps, **options):
     config = SimpleNamespace(**defaults | options)
     contents = lambda losses, seconds: saved.append(len(losses)) or {"encoder": {}}
     run = SimpleNamespace(config=config, step=0, steps_per_epoch=100, total_steps=100, checkpoint=contents)
-    journal = common.journal.Journal(run, 1, None, None)
+    journal = common.journal.Journal(run, 1, None, None, None)
     for run.step in range(1, steps + 1):
         now[0] += 240
         journal.note_step(run, torch.tensor(1.0), 0.1)
@@ -198,7 +198,7 @@ def test_seconds_and_images_a_second_are_those_of_training_alone(tmp_path, monke
                              run=tmp_path / "run")
     contents = lambda losses, seconds: {"encoder": {}}
     run = SimpleNamespace(config=config, step=0, steps_per_epoch=4, total_steps=8, checkpoint=contents)
-    journal = common.journal.Journal(run, 1, None, None)
+    journal = common.journal.Journal(run, 1, None, None, None)
     for run.step in range(1, 9):
         now[0] += 240 if run.step <= 4 else 120
         journal.note_step(run, torch.tensor(1.0), 0.1)

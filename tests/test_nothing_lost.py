@@ -105,6 +105,13 @@ def test_a_warning_signal_saves_and_the_run_goes_on(word, long, tmp_path):
     assert log_of(folder) == log_of(long) and same_bits(state_of(folder), state_of(long))
 
 
+def test_a_warning_signal_before_the_first_step_waits_for_it(tmp_path, monkeypatch, capsys):
+    load = pretrain.load_on_every_rank
+    monkeypatch.setattr(pretrain, "load_on_every_rank", lambda *args: signal.raise_signal(signal.SIGUSR1) or load(*args))
+    train(*SMALL, "--epochs", "1", "--run-dir", tmp_path / "run")
+    assert "saved step 1, as a signal asked; the run goes on" in capsys.readouterr().out
+
+
 def test_a_warning_signal_to_any_rank_saves(tmp_path):
     folder = tmp_path / "run"
     warned = start("pretrain", *LONG, "--run-dir", folder, ranks=2)
@@ -395,7 +402,7 @@ def test_a_folder_that_is_moved_while_it_is_written_is_not_taken_for_a_full_disk
     train("--resume", tmp_path / "elsewhere", "--epochs", log_of(tmp_path / "elsewhere")[-1]["epoch"] + 1)
 
 
-def test_a_signal_that_ends_the_compiler_too_ends_the_run_in_one_line(tmp_path, monkeypatch):
+def test_a_signal_that_ends_the_compiler_too_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
     step, run = pretrain.training_step, tmp_path / "run"
 
     def told_to_stop(*arguments):
@@ -409,8 +416,10 @@ def test_a_signal_that_ends_the_compiler_too_ends_the_run_in_one_line(tmp_path, 
     monkeypatch.setattr(pretrain, "training_step", told_to_stop)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     handlers = {number: signal.getsignal(number) for number in numbers}
-    with pytest.raises(common.cli.Refused, match="stopped while step 1 was compiled; this goes on: .*--resume"):
+    with pytest.raises(common.cli.Stopped) as stopped:
         train(*words)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert re.search("stopped while step 1 was compiled; this goes on:\n.* --resume", capsys.readouterr().out)
     for number, handler in handlers.items():  # a run that was told to stop ignores what else comes
         signal.signal(number, handler)
     monkeypatch.setattr(pretrain, "training_step", broken)

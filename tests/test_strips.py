@@ -32,13 +32,19 @@ keeps = st.booleans()
 
 @contextlib.contextmanager
 def strips_of(rows, kept=True):
-    """Strips of `rows` anchors for every batch, kept for the backward or computed again; None for the matrix form."""
-    before = losses.ROWS, losses.KEPT, losses.MATRIX
-    losses.ROWS, losses.KEPT, losses.MATRIX = (rows, kept * losses.KEPT, 0) if rows else (*before[:2], math.inf)
+    """Strips of `rows` anchors and two more columns for every batch, kept for the backward or computed again; None for
+    the matrix form."""
+    before = {name: getattr(losses, name) for name in ("ROWS", "COLUMNS", "KEPT", "MATRIX")}
     try:
+        if rows:
+            losses.ROWS, losses.COLUMNS = rows, rows + 2
+            losses.KEPT, losses.MATRIX = kept * losses.KEPT, 0
+        else:
+            losses.MATRIX = math.inf
         yield
     finally:
-        losses.ROWS, losses.KEPT, losses.MATRIX = before
+        for name, value in before.items():
+            setattr(losses, name, value)
 
 
 forms = pytest.mark.parametrize("form", [(None,), (5, True), (5, False)], ids=["matrix", "kept strips", "strips"])

@@ -25,7 +25,7 @@ def pictures(seed, n=6, size=17):
 @given(SEEDS, st.sampled_from([8, 17, 32]))
 def test_each_crop_is_torchvisions_resized_crop_of_the_same_box(seed, size):
     x = pictures(seed, size=size)
-    view = common.views.draw_view(6, size, "crop", common.data.generator(seed, 1))
+    view = common.views.draw_view(6, size, "crop", (seed, 1))
     ours = common.views.crop_and_flip(x, view.box, view.flip)
     for image, box, flip, got in zip(x, view.box.int().tolist(), view.flip, ours):
         expected = TF.resized_crop(image, *box, [size, size], antialias=True)
@@ -64,13 +64,13 @@ def test_grey_images_stay_grey_under_a_turn_of_the_hue():
 
 @given(SEEDS)
 def test_boxes_lie_in_the_image_and_take_a_fifth_of_it_or_more(seed):
-    top, left, height, width = common.views.draw_view(50, 32, "sim", common.data.generator(seed)).box.T
+    top, left, height, width = common.views.draw_view(50, 32, "sim", (seed,)).box.T
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= 32).all() and (left + width <= 32).all()
     assert (height * width > 0.2 * 32**2 - 32).all()
 
 
 def test_view_frequencies_are_the_recipes():
-    view = common.views.draw_view(20_000, 32, "sim", common.data.generator(0))
+    view = common.views.draw_view(20_000, 32, "sim", (0,))
     untouched = (view.jitter == torch.tensor([1.0, 1.0, 1.0, 0.0])).all(1).float().mean()
     assert abs(view.flip.float().mean() - 0.5) < 0.02
     assert abs(untouched - 0.2) < 0.02 and abs(view.gray.float().mean() - 0.2) < 0.02
@@ -88,10 +88,10 @@ def test_blur_is_torchvisions(seed, size):
 
 
 def test_half_of_the_large_images_are_blurred_and_no_small_one():
-    sigma = common.views.draw_view(10_000, 224, "sim", common.data.generator(0)).sigma
+    sigma = common.views.draw_view(10_000, 224, "sim", (0,)).sigma
     assert abs((sigma > 0).float().mean() - 0.5) < 0.02 and sigma[sigma > 0].min() >= 0.1 and sigma.max() <= 2
-    assert not common.views.draw_view(1000, 64, "sim", common.data.generator(0)).sigma.any()
-    assert not common.views.draw_view(1000, 224, "crop", common.data.generator(0)).sigma.any()
+    assert not common.views.draw_view(1000, 64, "sim", (0,)).sigma.any()
+    assert not common.views.draw_view(1000, 224, "crop", (0,)).sigma.any()
 
 
 @pytest.mark.parametrize("augment", common.views.POLICIES)
@@ -111,7 +111,7 @@ def test_a_policys_view_depends_on_its_key_alone(augment):
 
 def test_the_policies_leave_crop_and_flip_to_the_workers_and_stacked_rand_keeps_the_colours():
     for augment in common.views.POLICIES:
-        draw = common.views.draw_view(8, 32, augment, common.data.generator(0), crop=False)
+        draw = common.views.draw_view(8, 32, augment, (0,), crop=False)
         assert (draw.box == torch.tensor([0.0, 0, 32, 32])).all() and not draw.flip.any()
         assert bool(draw.order) == (augment == "stacked-rand")
 
@@ -119,14 +119,14 @@ def test_the_policies_leave_crop_and_flip_to_the_workers_and_stacked_rand_keeps_
 def test_no_augmentation_is_normalisation_alone():
     pixels = (pictures(3) * 255).to(torch.uint8)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
-    view = common.views.make_view(pixels, common.views.draw_view(6, 17, "none", common.data.generator(0)), mean, std)
+    view = common.views.make_view(pixels, common.views.draw_view(6, 17, "none", (0,)), mean, std)
     assert torch.allclose(view, common.views.normalize(pixels.float() / 255, mean, std), atol=1e-5)
 
 
 def test_a_ranks_views_are_its_part_of_the_global_batch():
     pixels = (pictures(4, n=8) * 255).to(torch.uint8)
     mean, std = torch.zeros(3), torch.ones(3)
-    draw = common.views.draw_view(8, 17, "sim", common.data.generator(0, 1, 0, 0, 0))
+    draw = common.views.draw_view(8, 17, "sim", (0, 1, 0, 0, 0))
     whole = common.views.make_view(pixels, draw, mean, std)
     for part in (slice(0, 3), slice(3, 8)):
         assert torch.equal(common.views.make_view(pixels[part], draw.of(part), mean, std), whole[part])
@@ -154,7 +154,7 @@ def numbers_of(view, size):
 
 
 def test_what_is_drawn_of_an_image_is_independent_of_all_else_that_is_drawn_of_it():
-    view = common.views.draw_view(20_000, 224, "sim", common.data.generator(0))
+    view = common.views.draw_view(20_000, 224, "sim", (0,))
     has_room = (view.box[:, 2:] < 200).all(1)
     drawn = numbers_of(view, 224)[:, has_room]
     correlations = drawn.corrcoef().fill_diagonal_(0)
@@ -163,7 +163,7 @@ def test_what_is_drawn_of_an_image_is_independent_of_all_else_that_is_drawn_of_i
 
 def test_what_is_drawn_of_an_image_is_independent_of_its_neighbours_in_the_batch_and_of_its_other_view():
     first, second = (
-        numbers_of(common.views.draw_view(20_000, 224, "sim", common.data.generator(0, v)), 224) for v in range(2)
+        numbers_of(common.views.draw_view(20_000, 224, "sim", (0, v)), 224) for v in range(2)
     )
     for other in (first.roll(1, 1), second):
         same = torch.stack([torch.stack([a, b]).corrcoef()[0, 1] for a, b in zip(first, other)])
@@ -171,7 +171,7 @@ def test_what_is_drawn_of_an_image_is_independent_of_its_neighbours_in_the_batch
 
 
 def test_every_place_of_a_crop_is_equally_likely_its_last_one_too():
-    top, left, height, width = common.views.draw_view(40_000, 8, "crop", common.data.generator(0)).box.long().T
+    top, left, height, width = common.views.draw_view(40_000, 8, "crop", (0,)).box.long().T
     for place, side in ((top, height), (left, width)):
         for room in (1, 2, 3):
             found = torch.bincount(place[side == 8 - room], minlength=room + 1).double()
@@ -183,7 +183,7 @@ def test_every_place_of_a_crop_is_equally_likely_its_last_one_too():
 @pytest.mark.parametrize("crop_min", [0.08, 0.2])
 def test_crops_are_as_large_and_as_tall_as_torchvisions(crop_min):
     _, _, height, width = (
-        common.views.draw_view(20_000, 224, "crop", common.data.generator(0), crop_min=crop_min).box.double().T
+        common.views.draw_view(20_000, 224, "crop", (0,), crop_min=crop_min).box.double().T
     )
     torch.manual_seed(0)
     blank = torch.empty(3, 224, 224)
@@ -199,7 +199,7 @@ def test_crops_are_as_large_and_as_tall_as_torchvisions(crop_min):
 @pytest.mark.parametrize("jitter", [0.5, 1.0])
 def test_colours_are_as_strong_as_simclrs(jitter):
     """Factors in 1 +- 0.8 s, hue in +- 0.2 s: at half strength the reference code's ColorJitter(0.4, 0.4, 0.4, 0.1)."""
-    drawn = common.views.draw_view(10_000, 32, "sim", common.data.generator(0), jitter=jitter).jitter
+    drawn = common.views.draw_view(10_000, 32, "sim", (0,), jitter=jitter).jitter
     for values, middle, reach in zip(drawn.T, (1, 1, 1, 0), (0.8 * jitter, 0.8 * jitter, 0.8 * jitter, 0.2 * jitter)):
         assert values.min().item() == pytest.approx(middle - reach, abs=0.01 * reach)
         assert values.max().item() == pytest.approx(middle + reach, abs=0.01 * reach)
@@ -209,7 +209,7 @@ def test_colours_are_as_strong_as_simclrs(jitter):
 def test_a_view_is_torchvisions_steps_in_the_drawn_order(size):
     pixels = (pictures(7, n=40, size=size) * 255).to(torch.uint8)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
-    view = common.views.draw_view(40, size, "sim", common.data.generator(2))
+    view = common.views.draw_view(40, size, "sim", (2,))
     jitters = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     assert view.gray.any() and view.flip.any() and bool((view.sigma > 0).any()) == (size > 64)
     for k, got in enumerate(common.views.make_view(pixels, view, mean, std)):
@@ -265,3 +265,24 @@ def test_a_file_that_a_spawned_worker_cannot_read_is_named(tmp_path, monkeypatch
     monkeypatch.setattr(common.views, "START_METHOD", "spawn")
     with pytest.raises(common.cli.Refused, match=data.files[3]):
         list(common.views.worker_batches(common.views.WorkerViews(data, "crop"), ITEMS, 1))
+
+
+@pytest.mark.parametrize("first, n", [(0, 1), (3, 5), (7, 1), (1000, 24)])
+def test_the_views_of_an_image_are_the_same_whoever_draws_them(first, n):
+    """A rank draws the views of its own images alone."""
+    key = ("views", 7, 2, 41, 1)
+    whole = common.views.draw_view(1024, 96, "sim", key).of(slice(first, first + n))
+    part = common.views.draw_view(n, 96, "sim", key, first)
+    assert part.order == whole.order
+    for mine, same in zip(part[:-1], whole[:-1]):
+        assert torch.equal(mine, same)
+
+
+def test_numbers_of_places_and_keys_are_uniform_and_apart():
+    """The mean of 2^18 numbers strays by 6e-4 (one deviation), and so do the products with the next place and key."""
+    u = torch.stack([common.data.uniforms(8192, 32, "a key", k, first=5) for k in range(2)])
+    assert u.min() >= 0 and u.max() < 1 and len(u.unique()) > 0.97 * u.numel()
+    centred = u.double() - 0.5
+    assert centred.mean().abs() < 3e-3 and (centred.square().mean() - 1 / 12).abs() < 1e-3
+    for other in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(1, 2)):
+        assert (centred * other).mean().abs() < 1e-3
