@@ -152,6 +152,7 @@ MISTAKES = {
         ("oracle: the mean over all rows", "sum(L.values()) / max(1, len(L))", "sum(L.values()) / len(z)", "reference"),
     ],
     "pretrain.py": [
+        ("a skipped step is not noticed", "self.was_taken = False", "self.was_taken = True", "float16"),
         ("a diagnosis with a bank of one image", "bank = max(1, min(", "bank = min(1, min(", "log"),
         ("a diagnosis of one query", "query = max(1, min(", "query = min(1, min(", "log"),
         ("alignment of rows image by image",
