@@ -68,7 +68,7 @@ def views(gpu, n, size):
     """The Kernels that make one view of n images."""
     with imitated() as gpu0, Kernels(gpu) as kernels:
         images, mean = torch.empty(n, 3, size, size, dtype=torch.uint8, device=gpu0), torch.empty(3, device=gpu0)
-        make_view(images, draw_view(n, size, "sim", ("any",)).to(gpu0), mean, mean)
+        make_view(images, draw_view(n, size, "sim", ("scaling",)).to(gpu0), mean, mean)
     return kernels
 
 
@@ -102,7 +102,8 @@ def step(gpu, size, batch, gpus):
     """What one of the GPUs does, sends and holds in a step: a dict."""
     rows, mine = VIEWS * batch, VIEWS * batch // gpus
     scores, (some, weights) = loss(gpu, rows, mine), encoding(gpu, 64, size)
-    beside = 16 * weights + scores.bytes_kept + 64 * losses.ROWS * losses.COLUMNS  # gradients, momentum; two strips
+    strip = 8 * losses.ROWS * losses.COLUMNS  # scores
+    beside = 16 * weights + scores.bytes_kept + 8 * strip  # gradients, buckets, momentum; a strip, its gradient
     part = mine
     while part > 1 and beside + part * some.bytes_kept / 64 > 1e9 * gpu.memory:
         part //= 2

@@ -492,7 +492,7 @@ def test_random_command_lines_end_well_or_are_refused(tmp_path):
 
 @pytest.mark.long
 def test_many_random_command_lines_end_well_or_are_refused(tmp_path):
-    fuzz(tmp_path, examples=200)
+    fuzz(tmp_path, examples=120)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ import common.ranks
 import pretrain
 import results_table
 from children import ENVIRONMENT, PROJECT, Launch, run_script, start
-from common.run_folder import load_checkpoint
+from common.run_folder import load_checkpoint, newest_checkpoint
 from runs import FOLDER, SMALL, files_in, folder_of, log_of, probe, refusal, same_bits, state_of, torchrun, train
 
 pytestmark = pytest.mark.seeds_torch
@@ -218,9 +218,8 @@ def kill_a_rank_again_and_again(folder, kills, seed, epochs):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(1, 4))
-def test_ranks_that_are_killed_three_times_end_with_the_bits_of_an_unbroken_run(seed, tmp_path):
-    kill_a_rank_again_and_again(tmp_path, kills=3, seed=seed, epochs=80)
+def test_ranks_that_are_killed_three_times_end_with_the_bits_of_an_unbroken_run(tmp_path):
+    kill_a_rank_again_and_again(tmp_path, kills=3, seed=1, epochs=80)
 
 
 def node_of_two(node, folder, port, *arguments):
@@ -251,7 +250,7 @@ def test_two_launches_of_torchrun_that_are_killed_go_on_from_the_folder_of_node_
         os.kill(pid, signal.SIGKILL)
     for node in killed:
         node.wait()
-    assert 0 < state_of(run)["step"] < 120
+    assert 0 < newest_checkpoint(run)[0]["step"] < 120
     port = free_port()
     again = [node_of_two(node, tmp_path, port, *command, "run", "--resume", "auto") for node in "01"]
     assert [node.wait(timeout=200) for node in again] == [0, 0], (tmp_path / "said-0").read_text()

@@ -60,7 +60,7 @@ def test_one_of_each_family_trains_is_probed_and_meets_corruptions(arch, small_f
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("arch, size", [("convnext_tiny", 32), ("vit_b_32", 224), ("swin_t", 32), ("densenet121", 32)])
+@pytest.mark.parametrize("arch, size", [("convnext_tiny", 32), ("swin_t", 32), ("densenet121", 32)])
 def test_large_ones_do_too(arch, size, tmp_path):
     train_probe_and_corrupt(arch, tmp_path, "--size", size)
 

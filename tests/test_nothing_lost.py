@@ -64,7 +64,7 @@ def test_copies_of_a_folder_that_is_being_written_all_resume_to_the_same_bits(lo
 @pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_runs_killed_again_and_again_end_with_the_bits_of_an_unbroken_one(way, tmp_path):
-    kill_and_resume(way, tmp_path, kills=10, seed=100 + list(WAYS).index(way))
+    kill_and_resume(way, tmp_path, kills=6, seed=100 + list(WAYS).index(way))
 
 
 def test_the_log_is_cut_back_to_the_checkpoint_in_place(tmp_path):

@@ -30,7 +30,7 @@ def test_ranks_with_unequal_shards_are_one_process(ranks):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("time", range(5))
+@pytest.mark.parametrize("time", range(2))
 @pytest.mark.parametrize("ranks", SHARDS)
 def test_torchrun_starts_and_ends_ranks_again_and_again(ranks, time):
     process = torchrun(__file__, time, ranks=ranks)

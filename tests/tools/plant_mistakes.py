@@ -136,7 +136,7 @@ MISTAKES = {
          "torch.autocast(a.device.type):\n        return _fill", "transforms"),
         ("strips in an exported loss", "MATRIX**2 and not _is_traced():", "MATRIX**2:", "transforms"),
         ("a DTensor's rows taken",
-         'z.ndim == 2 and not hasattr(z, "device_mesh")', "z.ndim == 2", "transforms"),
+         'not hasattr(z, "device_mesh")', "True", "transforms"),
         ("the precision left behind",
          "if self.backend.fp32_precision != found:", "if False:", "losses theory strips"),
     ],
