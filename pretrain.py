@@ -229,7 +229,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "float16")
         if resumed:
             self.restore(resumed)
-        self.factor = self.scaler.get_scale()
+        self.optimizer.register_step_post_hook(self.note_taken)
         if config.compile:
             model.encoder.compile()
         self.parallel = model  # see `join`
@@ -250,12 +250,14 @@ class Run:
     def descend(self):
         """Takes a step of the optimizer. Returns whether it was skipped, as is one whose gradients overflow in float16:
         the scaler then halves the factor by which it keeps them from underflowing."""
-        before = self.factor
+        self.was_taken = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.factor = self.scaler.get_scale()
         self.step += 1
-        return self.factor < before
+        return not self.was_taken
+
+    def note_taken(self, *optimizer_and_arguments):
+        self.was_taken = True
 
     def contrasts(self):
         return self.queue.contrasts() if self.queue else None

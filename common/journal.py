@@ -164,7 +164,7 @@ class Journal:
 
     def note_skipped(self, run):
         """After a step that the gradient scaler has skipped."""
-        self.log({"step": run.step, "skipped": True, "gradient_scale": run.factor})
+        self.log({"step": run.step, "skipped": True, "gradient_scale": run.scaler.get_scale()})
 
     def write_step(self, run, ends_epoch):
         self.refuse_non_finite(run)

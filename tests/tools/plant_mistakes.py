@@ -136,7 +136,7 @@ MISTAKES = {
          "torch.autocast(a.device.type):\n        return _fill", "transforms"),
         ("strips in an exported loss", "MATRIX**2 and not _is_traced():", "MATRIX**2:", "transforms"),
         ("a DTensor's rows taken",
-         'z.ndim == 2 and not hasattr(z, "device_mesh")', "z.ndim == 2", "transforms"),
+         'not hasattr(z, "device_mesh")', "True", "transforms"),
         ("the precision left behind",
          "if self.backend.fp32_precision != found:", "if False:", "losses theory strips"),
     ],
@@ -152,6 +152,7 @@ MISTAKES = {
         ("oracle: the mean over all rows", "sum(L.values()) / max(1, len(L))", "sum(L.values()) / len(z)", "reference"),
     ],
     "pretrain.py": [
+        ("a skipped step is not noticed", "self.was_taken = False", "self.was_taken = True", "float16"),
         ("a diagnosis with a bank of one image", "bank = max(1, min(", "bank = min(1, min(", "log"),
         ("a diagnosis of one query", "query = max(1, min(", "query = min(1, min(", "log"),
         ("alignment of rows image by image",
