@@ -301,8 +301,7 @@ def supcon_sharded(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, queue: tu
     _check(z, y, soft=True)
     if queue is None and _world_size() == 1:
         return _reduce(*_from_rows(variant, z, y, tau, denominator=denominator), "mean")
-    contrast, own = _gather(z)
-    y_contrast, _ = _gather(y)
+    contrast, y_contrast, own = _gather(z, y)
     if queue is not None:
         _check_contrast(z, y, *queue)
         contrast = torch.cat([contrast, queue[0]])
@@ -328,15 +327,15 @@ def all_gather_rows(z: Tensor) -> Tensor:
     """
     return _gather(z)[0]
 
-def _gather(z):
-    """The rows of all ranks, and how many of them come before this rank's."""
+def _gather(*tensors):
+    """The rows of all ranks, of each tensor, and how many of them come before this rank's."""
     if _world_size() == 1:
-        return z, 0
-    z = z if z.is_floating_point() else z.long()  # what every backend can add up
-    rank = dist.get_rank()
-    rows = _sum_over_ranks(F.one_hot(torch.tensor(rank, device=z.device), _world_size()) * len(z)).tolist()
-    before, after = sum(rows[:rank]), sum(rows[rank + 1 :])
-    return _sum_over_ranks(F.pad(z, (0, 0) * (z.ndim - 1) + (before, after))), before
+        return *tensors, 0
+    rank, first = dist.get_rank(), tensors[0]
+    rows = _sum_over_ranks((torch.arange(_world_size(), device=first.device) == rank) * len(first)).tolist()
+    around = sum(rows[:rank]), sum(rows[rank + 1 :])
+    tensors = (x if x.is_floating_point() else x.long() for x in tensors)  # what every backend can add up
+    return *(_sum_over_ranks(F.pad(x, (0, 0) * (x.ndim - 1) + around)) for x in tensors), around[0]
 
 def _world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import losses
@@ -99,6 +100,11 @@ def test_convolutions_are_fast_unless_float32_is_asked_for(precision, fast, tmp_
 
 def test_an_encoder_fetches_images_without_a_wait():
     call(encode_images)
+
+
+def test_ranks_wait_twice_for_the_loss_of_all_rows():
+    """For the numbers of their rows, and for the size of the scores."""
+    call(gather_rows, ranks=2)
 
 
 def test_devices_that_mix_are_refused_and_waits_are_counted():
@@ -248,6 +254,29 @@ def encode_images():
         assert imitated_gpu.waits.total() == 0
         torch.testing.assert_close(there(images.to(imitated_gpu.DEVICE)).cpu(), r.cpu())
     torch.testing.assert_close(r.held, Frozen(here, third, third, config, "cpu")(images))
+
+
+def gather_rows():
+    from imitated_gpu import DEVICE, imitated, waits
+
+    dist.init_process_group("gloo")
+    all_reduce, mine = dist.all_reduce, slice(5) if dist.get_rank() else slice(5, 16)
+    dist.all_reduce = lambda x: all_reduce(getattr(x, "held", x))
+    z, y = rows_of(8, 2, 4)[mine].requires_grad_(), (torch.arange(16) % 3)[mine]
+    with strips_of(5):
+        expected = losses.supcon_sharded(z, y)
+        expected.backward()
+        with imitated():
+            there, labels = (x.detach().to(DEVICE) for x in (z, y))
+            there.requires_grad_()
+            waits.clear()
+            value = losses.supcon_sharded(there, labels)
+            value.backward()
+            assert waits.total() == 2, waits
+            torch.testing.assert_close(value.detach().cpu(), expected.detach())
+    torch.testing.assert_close(there.grad.held, z.grad)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def meet_faults():
