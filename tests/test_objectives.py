@@ -188,6 +188,7 @@ def test_a_batch_in_parts_has_the_loss_features_and_gradients_of_the_whole(optio
             return x[:, self.rows].flatten(0, 1), LABELS[self.rows].repeat(c.views)
 
     run = SimpleNamespace(
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
         config=c,
         model=model,
         parallel=model,
