@@ -105,7 +105,7 @@ def train_steps(run, data, test, ranks, journal, asked):
                 if skipped:
                     journal.note_skipped(run)
                 if run.ends_epoch:
-                    journal.note_epoch(run, diagnose(run, z, data, test) if journal.wants_diagnosis(run) else {})
+                    journal.note_epoch(run, diagnose(run, z, data, test))
                 journal.save_now_and_then(run, save)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -12,7 +11,6 @@ from common.cli import NotFinite, Refused, on_terminal, say, say_in_place
 from common.objectives import collapse_and_floor
 from common.optim import learning_rate
 from common.run_folder import RunFolder, describe_run
-from common.views import POLICIES
 
 
 def open_journal(run, data, test, ranks, resumed):
@@ -79,25 +77,8 @@ class Losses:
         return wrong[0] if wrong else None
 
 
-def snapshot(state):
-    """A copy in the CPU's memory of a checkpoint's contents, which later steps do not change."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: snapshot(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [snapshot(value) for value in state]
-    return state
-
-
-SHARE = 0.02  # of the time of training that checkpoints after epochs may take, and diagnoses as much again
-FREE = 5.0  # seconds of either that are not counted
-
-
 class Journal:
     """Notes steps and epochs of a `run` and saves its checkpoints. Its methods raise Refused where the run must end.
-
-    A thread writes the checkpoints while the run goes on. What it fails to write is refused by the step after.
 
     run: an object with config, step, steps_per_epoch, total_steps, and checkpoint(losses of the epoch, seconds).
     resumed: the contents of the checkpoint that the run goes on from, or None. collapse, floor: see collapse_and_floor.
@@ -108,8 +89,6 @@ class Journal:
         self.losses = Losses(resumed.get("losses_of_epoch", ()) if resumed else ())
         self.entry, self.lr, self.shown = None, None, 0.0
         self.sound = True  # see `writing`
-        self.thread, self.pending = ThreadPoolExecutor(1), None
-        self.saving, self.diagnosing = 0.0, 0.0  # seconds that the run has stood still for
         first = None if resumed else run.checkpoint([], 0.0)
         about = describe_run(run.config, world) | {"collapse": collapse, "floor": floor}
         self.folder = RunFolder(Path(run.config.run), about, first, run.step)
@@ -138,14 +117,6 @@ class Journal:
         now = time.perf_counter()
         self.seconds += now - self.clock
         self.clock = now
-
-    def affords(self, seconds):
-        """Whether what has taken so many seconds has been cheap so far."""
-        return seconds <= FREE + SHARE * self.seconds
-
-    def wants_diagnosis(self, run):
-        """Whether to diagnose this epoch: always the last one, and others as long as that is cheap."""
-        return run.step == run.total_steps or self.affords(self.diagnosing)
 
     @contextlib.contextmanager
     def writing(self):
@@ -181,13 +152,8 @@ class Journal:
                 f"{rate:.0f} images/s  {left:.1f} min left")
 
     def note_epoch(self, run, diagnosis):
-        """At the end of an epoch: its mean loss and the numbers of the diagnosis, a dict.
-
-        Saves a checkpoint, unless those after earlier epochs were not cheap.
-        """
-        now = time.perf_counter()
-        self.diagnosing += now - self.clock  # it was no training
-        self.clock = now
+        """At the end of an epoch: its mean loss and the numbers of the diagnosis, a dict. Saves a checkpoint."""
+        self.clock = time.perf_counter()  # the diagnosis was no training
         losses = self.losses.numbers
         mean_loss = math.fsum(losses) / len(losses)
         entry = {"step": run.step, "epoch": run.step // run.steps_per_epoch, "mean_loss": mean_loss}
@@ -198,22 +164,18 @@ class Journal:
             say(f"  warning: the loss sits at its collapse value {self.collapse:.4f}: all features are alike. "
                 "Lower --lr, lengthen --warmup or raise --tau", err=True)
         self.losses = Losses(())
-        if run.step == run.total_steps or self.affords(self.saving):
-            self.save(run)
+        self.save(run)
         if self.config.keep_every and self.entry["epoch"] % self.config.keep_every == 0:
             weights = {k: v for k, v in run.checkpoint([], self.seconds).items() if k != "queue"} | {"optimizer": {}}
-            self.write(self.folder.keep, f"epoch-{self.entry['epoch']:04d}.pt", snapshot(weights))
+            self.folder.keep(f"epoch-{self.entry['epoch']:04d}.pt", weights)
         self.start_epoch()
 
     def save_now_and_then(self, run, asked):
         """Saves where the last checkpoint is --save-minutes old, or where a signal has `asked` for it."""
-        if self.pending and self.pending.done():
-            self.wait()
         old = time.perf_counter() - self.saved_at > 60 * self.config.save_minutes
         if run.step != self.saved and (old or asked):
             self.save(run)
         if asked:
-            self.wait()
             say(f"saved step {run.step}, as a signal asked; the run goes on")
 
     def save(self, run):
@@ -224,31 +186,14 @@ class Journal:
         parts = [contents[name] for name in ("encoder", "projection", "classifier") if name in contents]
         if not all(entry.isfinite().all() for part in parts for entry in part.values()):
             raise self.not_finite("a weight is not finite", run.step, self.lr)
-        self.write(self.folder.save, snapshot(contents))
+        self.folder.save(contents)
         self.saved = run.step
-        self.saved_at = time.perf_counter()
-        self.saving += self.saved_at - self.clock
-        self.clock = self.saved_at
-
-    def write(self, function, *arguments):
-        """Has the thread call a function that writes, after what it writes now."""
-        self.wait()
-        self.pending = self.thread.submit(function, *arguments)
-        if self.config.workers and (self.config.stream or self.config.augment in POLICIES):
-            self.wait()  # the next epoch forks its workers, and a fork wants no other thread at work
-
-    def wait(self):
-        """Waits until the thread has written what it has, and raises what it has refused."""
-        pending, self.pending = self.pending, None
-        if pending:
-            pending.result()
+        self.clock = self.saved_at = time.perf_counter()
 
     def close(self, run):
         """Saves the last step, if it is sound and not saved yet."""
         if self.sound and run.step != self.saved:
             self.save(run)
-        self.wait()
-        self.thread.shutdown()
         self.folder.close()
         if self.board:
             self.board.close()

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,8 +148,7 @@ def test_a_new_run_takes_no_folder_in_which_steps_would_be_lost(tmp_path):
 def journal(folder, monkeypatch, weight=0.0):
     """(a Journal, and a function that notes the next step's loss and rate)."""
     monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
-    config = SimpleNamespace(batch=5, epochs=9, save_minutes=10, log_every=2, tensorboard=False, run=folder,
-                             workers=0, keep_every=None)
+    config = SimpleNamespace(batch=5, epochs=9, save_minutes=10, log_every=2, tensorboard=False, run=folder)
     saved = contents(0, encoder={"w": torch.tensor([weight])})
     run = SimpleNamespace(config=config, step=0, steps_per_epoch=100, total_steps=900, checkpoint=lambda *of: saved)
     made = common.journal.Journal(run, 1, None, None, None)
@@ -180,83 +178,6 @@ def test_weights_that_are_no_numbers_are_not_saved(weight, tmp_path, monkeypatch
     with pytest.raises(common.cli.Refused, match="a weight is not finite at step 1"):
         noted.save(run)
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
-
-
-def slow_saves(monkeypatch):
-    """Lets saving wait for an event."""
-    may_write, save = threading.Event(), common.run_folder.RunFolder.save
-    monkeypatch.setattr(common.run_folder.RunFolder, "save", lambda *args: may_write.wait(30) and save(*args))
-    return may_write
-
-
-def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(tmp_path, monkeypatch):
-    noted, run, note = journal(tmp_path / "run", monkeypatch)
-    may_write, state = slow_saves(monkeypatch), run.checkpoint()
-    for step in (1, 2):
-        note(1.0, 0.1)
-        state["step"] = step
-        state["encoder"]["w"].fill_(step)
-        if step == 1:
-            noted.save(run)  # returns while nothing is written yet
-    assert steps_in(tmp_path / "run") == {"ckpt.pt": 0}
-    may_write.set()
-    noted.wait()
-    kept = common.run_folder.load_checkpoint(tmp_path / "run" / "ckpt.pt")
-    assert kept["step"] == 1 and kept["encoder"]["w"] == 1
-    noted.close(run)
-    assert steps_in(tmp_path / "run") == {"ckpt.pt": 2, "ckpt-previous.pt": 1}
-
-
-def test_what_could_not_be_written_is_refused_by_a_later_step_and_nothing_is_saved_after_it(tmp_path, monkeypatch):
-    noted, run, note = journal(tmp_path / "run", monkeypatch)
-
-    def full(folder, contents):
-        raise common.cli.Refused("the disk is full")
-
-    monkeypatch.setattr(common.run_folder.RunFolder, "save", full)
-    note(1.0, 0.1)
-    noted.save(run)
-    with pytest.raises(common.cli.Refused, match="full"), noted.writing():
-        while True:  # as the steps after it do
-            noted.save_now_and_then(run, asked=False)
-    monkeypatch.undo()
-    note(1.0, 0.1)
-    noted.close(run)
-    assert steps_in(tmp_path / "run") == {"ckpt.pt": 0}
-
-
-def test_a_run_ends_after_its_last_checkpoint_is_written_or_refused(tmp_path, monkeypatch):
-    noted, run, note = journal(tmp_path / "run", monkeypatch)
-    may_write = slow_saves(monkeypatch)
-    note(1.0, 0.1)
-    threading.Timer(0.2, may_write.set).start()
-    noted.close(run)
-    assert steps_in(tmp_path / "run")["ckpt-previous.pt"] == 0 and not noted.pending
-
-
-def test_checkpoints_and_diagnoses_take_a_fiftieth_of_the_time(tmp_path, monkeypatch):
-    """Epochs of ten seconds, saves that stop the run for two and diagnoses of four, the first five seconds free."""
-    now = [0.0]
-    monkeypatch.setattr(common.journal.time, "perf_counter", lambda: now[0])
-    noted, run, note = journal(tmp_path / "run", monkeypatch)
-    run.steps_per_epoch, run.total_steps, run.config.save_minutes = 1, 400, 1e9
-    saved, diagnosed = [], []
-
-    def write(function, contents):
-        saved.append(run.step)
-        now[0] += 2
-
-    noted.write = write
-    for epoch in range(1, 401):
-        now[0] += 10
-        note(1.0, 0.1)
-        if noted.wants_diagnosis(run):
-            diagnosed.append(epoch)
-            now[0] += 4
-        noted.note_epoch(run, {})
-    for steps, seconds in ((saved, 2), (diagnosed, 4)):
-        assert steps[:2] == [1, 2] and steps[-1] == 400
-        assert 0.02 * 4000 - seconds <= seconds * len(steps) <= 0.02 * 4000 + common.journal.FREE + 2 * seconds
 
 
 def test_what_every_part_of_a_run_ran_on_is_kept(tmp_path):

@@ -165,8 +165,7 @@ def journal(folder, monkeypatch, steps, **options):
     now, saved = [0.0], []
     monkeypatch.setattr(common.journal.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
-    defaults = {"batch": 50, "epochs": 1, "save_minutes": 10, "log_every": 4, "tensorboard": False, "workers": 0,
-                "run": folder}
+    defaults = {"batch": 50, "epochs": 1, "save_minutes": 10, "log_every": 4, "tensorboard": False, "run": folder}
     config = SimpleNamespace(**defaults | options)
     contents = lambda losses, seconds: saved.append(len(losses)) or {"encoder": {}}
     run = SimpleNamespace(config=config, step=0, steps_per_epoch=100, total_steps=100, checkpoint=contents)
@@ -196,7 +195,7 @@ def test_seconds_and_images_a_second_are_those_of_training_alone(tmp_path, monke
     monkeypatch.setattr(common.journal.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
     config = SimpleNamespace(batch=50, epochs=2, save_minutes=1e9, log_every=4, keep_every=None, tensorboard=False,
-                             workers=0, run=tmp_path / "run")
+                             run=tmp_path / "run")
     contents = lambda losses, seconds: {"encoder": {}}
     run = SimpleNamespace(config=config, step=0, steps_per_epoch=4, total_steps=8, checkpoint=contents)
     journal = common.journal.Journal(run, 1, None, None, None)
