@@ -11,6 +11,7 @@ from common.cli import NotFinite, Refused, on_terminal, say, say_in_place
 from common.objectives import collapse_and_floor
 from common.optim import learning_rate
 from common.run_folder import RunFolder, describe_run
+from common.views import POLICIES
 
 
 def open_journal(run, data, test, ranks, resumed):
@@ -95,7 +96,7 @@ class Journal:
         wanted = run.config.tensorboard  # its reader passes over what an earlier part wrote after this step
         self.board = summary_writer()(run.config.run, purge_step=run.step + 1) if wanted else None
         self.seconds = resumed["seconds"] if resumed else 0.0  # of training: diagnoses and saving do not count
-        self.clock = self.saved_at = time.perf_counter()
+        self.clock = self.saved_at = self.began = time.perf_counter()
         self.start_epoch()
 
     def start_epoch(self):
@@ -127,6 +128,7 @@ class Journal:
 
     def note_step(self, run, loss, lr):
         """After every step: its loss, a tensor, and its learning rate. Every --log-every steps an entry is written."""
+        self.folder.look_after()
         self.losses.add(loss, lr)
         self.lr = lr
         ends_epoch = run.step % run.steps_per_epoch == 0
@@ -135,7 +137,10 @@ class Journal:
 
     def note_skipped(self, run):
         """After a step that the gradient scaler has skipped."""
-        self.log({"step": run.step, "skipped": True, "gradient_scale": run.scaler.get_scale()})
+        scale = run.scaler.get_scale()
+        self.log({"step": run.step, "skipped": True, "gradient_scale": scale})
+        if scale < 1:
+            raise self.not_finite("the gradient is beyond float16 even unscaled", run.step, self.lr)
 
     def write_step(self, run, ends_epoch):
         self.refuse_non_finite(run)
@@ -152,7 +157,7 @@ class Journal:
                 f"{rate:.0f} images/s  {left:.1f} min left")
 
     def note_epoch(self, run, diagnosis):
-        """At the end of an epoch: its mean loss and the numbers of the diagnosis, a dict. Saves a checkpoint."""
+        """At the end of an epoch: its mean loss and the numbers of the diagnosis, a dict. Saves where time allows."""
         self.clock = time.perf_counter()  # the diagnosis was no training
         losses = self.losses.numbers
         mean_loss = math.fsum(losses) / len(losses)
@@ -164,11 +169,22 @@ class Journal:
             say(f"  warning: the loss sits at its collapse value {self.collapse:.4f}: all features are alike. "
                 "Lower --lr, lengthen --warmup or raise --tau", err=True)
         self.losses = Losses(())
-        self.save(run)
+        if run.step == run.total_steps or self.may_save():
+            self.save(run)
         if self.config.keep_every and self.entry["epoch"] % self.config.keep_every == 0:
-            weights = {k: v for k, v in run.checkpoint([], self.seconds).items() if k != "queue"} | {"optimizer": {}}
+            weights = {k: v for k, v in self.finite_checkpoint(run).items() if k != "queue"} | {"optimizer": {}}
             self.folder.keep(f"epoch-{self.entry['epoch']:04d}.pt", weights)
+        if self.config.workers and (self.config.stream or self.config.augment in POLICIES):
+            self.folder.wait()  # the next epoch forks its workers, and a fork wants no other thread at work
+        self.clock = time.perf_counter()
         self.start_epoch()
+
+    def may_save(self):
+        """Whether the saves of this process have taken under 2 % of its time, and the last one is on the disk.
+
+        So the first epoch is saved, and a short one seldom: a kill costs up to 50 times what a save does.
+        """
+        return not self.folder.is_writing() and self.folder.seconds_saving < 0.02 * (time.perf_counter() - self.began)
 
     def save_now_and_then(self, run, asked):
         """Saves where the last checkpoint is --save-minutes old, or where a signal has `asked` for it."""
@@ -176,27 +192,34 @@ class Journal:
         if run.step != self.saved and (old or asked):
             self.save(run)
         if asked:
+            self.folder.wait()
             say(f"saved step {run.step}, as a signal asked; the run goes on")
 
     def save(self, run):
-        """Saves this step's checkpoint. Nothing is saved that is not finite: the last checkpoint stays good."""
+        """Saves this step's checkpoint. The run may go on before it is on the disk."""
+        self.folder.save(self.finite_checkpoint(run))
+        self.saved = run.step
+        self.clock = self.saved_at = time.perf_counter()
+
+    def finite_checkpoint(self, run):
+        """This step's checkpoint. Nothing is saved that is not finite: the last checkpoint stays good."""
         self.refuse_non_finite(run)
         self.count_seconds()
         contents = run.checkpoint(self.losses.numbers, self.seconds)
         parts = [contents[name] for name in ("encoder", "projection", "classifier") if name in contents]
-        if not all(entry.isfinite().all() for part in parts for entry in part.values()):
+        if not all_finite([entry for part in parts for entry in part.values()]):
             raise self.not_finite("a weight is not finite", run.step, self.lr)
-        self.folder.save(contents)
-        self.saved = run.step
-        self.clock = self.saved_at = time.perf_counter()
+        return contents
 
     def close(self, run):
-        """Saves the last step, if it is sound and not saved yet."""
-        if self.sound and run.step != self.saved:
-            self.save(run)
-        self.folder.close()
-        if self.board:
-            self.board.close()
+        """Saves the last step, if it is sound and not saved yet, and waits until it is on the disk."""
+        try:
+            if self.sound and run.step != self.saved:
+                self.save(run)
+        finally:
+            self.folder.close()
+            if self.board:
+                self.board.close()
 
     def refuse_non_finite(self, run):
         wrong = self.losses.read()
@@ -205,6 +228,12 @@ class Journal:
             raise self.not_finite(f"the loss is {loss}", run.step - ago, lr)
 
     def not_finite(self, what, step, lr):
+        self.folder.wait()
         last = f"the last good checkpoint is {self.folder.path}/ckpt.pt of step {self.saved}"
         return NotFinite(f"{what} at step {step} (learning rate {lr:.4g}): "
                          f"start again with a lower --lr or a longer --warmup; {last}")
+
+
+def all_finite(tensors):
+    """Whether every number is finite. A GPU is waited for once."""
+    return not tensors or bool(torch.stack([entry.isfinite().all() for entry in tensors]).all())

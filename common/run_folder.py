@@ -19,6 +19,7 @@ import socket
 import subprocess
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -127,10 +128,15 @@ class RunFolder:
     about: what config.json is to hold. A new run saves its first checkpoint, `first`, before its first step, so that it
     can be resumed from then on. A resumed run has no `first`. It puts a damaged newest checkpoint aside and cuts the
     log back to `step`, from which it goes on.
+
+    Later checkpoints are written by a thread, one at a time, while the run goes on. What their writing refuses is
+    raised by the next call of wait, save, keep or look_after.
     """
 
     def __init__(self, path, about, first=None, step=0):
         self.path, self._log, self._named = path, None, False
+        self._writer, self._written = ThreadPoolExecutor(1), None  # _written: the Future of the newest checkpoint
+        self.seconds_saving = 0.0
         refuse_unusable(path, resuming=first is None)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -147,7 +153,7 @@ class RunFolder:
                 about = about | {"earlier": earlier_parts(path / "config.json")}
             write_aside(path / "config.json", lambda f: f.write(json.dumps(about, indent=1).encode() + b"\n"))
             if first is not None:
-                self.save(first)
+                self._write(path / CHECKPOINTS[0], first)
             self._log = open(path / "log.jsonl", "ab", buffering=0)
         except OSError as e:
             raise self._unwritable(e) from e
@@ -219,13 +225,40 @@ class RunFolder:
                           f"free space, then go on with --resume {self.path}") from e
 
     def save(self, contents):
-        """Writes a checkpoint aside, flushes it to the disk and renames it: the folder always holds a whole one."""
+        """Copies a checkpoint at once. The thread writes the copy aside, flushes it to the disk and renames it: the
+        folder always holds a whole one."""
         newest, previous = (self.path / name for name in CHECKPOINTS)
-        self._write(newest, contents, previous)
+        self._hand_over(newest, contents, previous)
 
     def keep(self, name, contents):
-        """Writes a checkpoint that no later one replaces."""
-        self._write(self.path / name, contents)
+        """As save, for a checkpoint that no later one replaces."""
+        self._hand_over(self.path / name, contents)
+
+    def _hand_over(self, path, contents, keep_as=None):
+        start = time.perf_counter()
+        self.wait()
+        copied = copy_on_host(contents)
+        self.seconds_saving += time.perf_counter() - start
+        self._written = self._writer.submit(self._write_in_thread, path, copied, keep_as)
+
+    def _write_in_thread(self, *what):
+        start = time.perf_counter()
+        self._write(*what)
+        self.seconds_saving += time.perf_counter() - start
+
+    def wait(self):
+        """Waits until the newest checkpoint is on the disk. Raises what its writing refused."""
+        written, self._written = self._written, None
+        if written:
+            written.result()
+
+    def is_writing(self):
+        return self._written is not None and not self._written.done()
+
+    def look_after(self):
+        """Raises what the writing of the newest checkpoint refused, if it has ended."""
+        if not self.is_writing():
+            self.wait()
 
     def _write(self, path, contents, keep_as=None):
         try:
@@ -242,10 +275,23 @@ class RunFolder:
             raise Refused(f"{path} could not be written ({reason}); {remedy}") from e
 
     def close(self):
-        self._log.close()
-        if self._named:
-            self._name_holder("")
-        self.lock.close()
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            self._log.close()
+            if self._named:
+                self._name_holder("")
+            self.lock.close()
+
+
+def copy_on_host(entry):
+    """A copy of what a checkpoint holds, with its tensors on the CPU, that later steps leave as it is."""
+    if isinstance(entry, torch.Tensor):
+        return entry.detach().to("cpu", copy=True)
+    if isinstance(entry, dict):
+        return {name: copy_on_host(part) for name, part in entry.items()}
+    return [copy_on_host(part) for part in entry] if isinstance(entry, list) else entry
 
 
 LEASE = 900  # seconds without a log entry after which a process that holds a folder by name counts as dead

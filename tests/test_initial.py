@@ -160,8 +160,8 @@ def test_fine_tuning_starts_from_the_encoder_and_the_statistics_of_a_run(trained
 def test_the_head_trains_alone_and_then_the_encoder_joins_it(trained, tmp_path, monkeypatch):
     alone, step = [], pretrain.training_step
     monkeypatch.setattr(pretrain, "training_step", lambda run, *a: alone.append(run.model.is_frozen) or step(run, *a))
-    train(*TUNE, "--init", trained, "--freeze-epochs", "2", "--run-dir", tmp_path)
-    frozen = common.frozen.load_checkpoint(tmp_path / "ckpt-previous.pt")  # of the second epoch
+    train(*TUNE, "--init", trained, "--freeze-epochs", "2", "--keep-every", "2", "--run-dir", tmp_path)
+    frozen = common.frozen.load_checkpoint(tmp_path / "epoch-0002.pt")
     first, last = state_of(trained), state_of(tmp_path)
     assert same_bits(first["encoder"], frozen["encoder"]) and frozen["step"] == 4
     moved = [name for name in last["encoder"] if not torch.equal(first["encoder"][name], last["encoder"][name])]

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +104,85 @@ def test_the_newest_checkpoint_and_the_one_before_it_are_kept(tmp_path):
         folder.save(contents(step))
     folder.close()
     assert steps_in(tmp_path / "run") == {"ckpt.pt": 5, "ckpt-previous.pt": 3}
+
+
+class Gate:
+    """torch.save that waits until it may write."""
+
+    def __init__(self, monkeypatch):
+        self.open, save = threading.Event(), torch.save
+        monkeypatch.setattr(common.run_folder.torch, "save", lambda *what: self.open.wait(30) and save(*what))
+
+
+def test_what_later_steps_change_is_not_in_a_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    folder, gate = common.run_folder.RunFolder(tmp_path / "run", {}, contents(0)), Gate(monkeypatch)
+    w, losses, momentum = torch.ones(2), [0.5], torch.ones(2)
+    optimizer = {"state": {0: {"momentum_buffer": momentum}}, "param_groups": [{"lr": 1.0}]}
+    folder.save(contents(3, encoder={"w": w}, losses_of_epoch=losses, optimizer=optimizer))
+    assert folder.is_writing()
+    w += 1
+    momentum += 1
+    losses.append(0.7)
+    optimizer["param_groups"][0]["lr"] = 2.0
+    gate.open.set()
+    folder.close()
+    saved = common.run_folder.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert saved["step"] == 3 and saved["losses_of_epoch"] == [0.5] and saved["encoder"]["w"].tolist() == [1, 1]
+    assert saved["optimizer"]["state"][0]["momentum_buffer"].tolist() == [1, 1]
+    assert saved["optimizer"]["param_groups"] == [{"lr": 1.0}]
+
+
+def test_a_second_checkpoint_waits_for_the_first(tmp_path, monkeypatch):
+    folder, gate = common.run_folder.RunFolder(tmp_path / "run", {}, contents(0)), Gate(monkeypatch)
+    folder.save(contents(3))
+    second = threading.Thread(target=folder.save, args=(contents(5),))
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()
+    gate.open.set()
+    second.join()
+    folder.close()
+    assert steps_in(tmp_path / "run") == {"ckpt.pt": 5, "ckpt-previous.pt": 3}
+
+
+@pytest.mark.parametrize("call", ["save", "look_after", "wait", "close"])
+def test_a_checkpoint_that_the_thread_cannot_write_is_refused_by_the_next_call(call, tmp_path, monkeypatch):
+    folder = common.run_folder.RunFolder(tmp_path / "run", {}, contents(0))
+
+    def full(*what):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(common.run_folder.torch, "save", full)
+    folder.save(contents(3))
+    while folder.is_writing():
+        time.sleep(0.001)
+    with pytest.raises(common.cli.Refused, match="is the disk full.*the last good one stays: free space"):
+        getattr(folder, call)(*[contents(4)] * (call == "save"))
+    assert steps_in(tmp_path / "run") == {"ckpt.pt": 0} and not any((tmp_path / "run").glob("*.tmp"))
+    if call != "close":
+        folder.close()
+
+
+def test_what_a_signal_asked_for_is_on_the_disk_before_it_is_said(tmp_path, monkeypatch):
+    noted, run, note = journal(tmp_path / "run", monkeypatch)
+    run.checkpoint = lambda *of: contents(1)
+    note(1.0, 0.1)
+    found, gate = [], Gate(monkeypatch)
+    monkeypatch.setattr(common.journal, "say", lambda words: found.append(steps_in(tmp_path / "run")["ckpt.pt"]))
+    threading.Timer(0.1, gate.open.set).start()
+    noted.save_now_and_then(run, asked=True)
+    assert found == [1]
+    noted.close(run)
+
+
+def test_a_write_that_fails_while_steps_go_on_ends_the_run(tmp_path, monkeypatch):
+    noted, run, note = journal(tmp_path / "run", monkeypatch)
+    note(1.0, 0.1)
+    monkeypatch.setattr(common.run_folder.torch, "save", lambda *what: [][0])
+    noted.save(run)
+    with pytest.raises(IndexError):  # what is no refusal is raised too
+        while True:
+            note(1.0, 0.1)
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path):

@@ -94,14 +94,14 @@ def normalised(pixels, contents):
 
 
 def test_neighbours_are_the_oracles_of_the_checkpoint_and_many(run):
-    """A twentieth of an epoch's views of the training set vote for a fiftieth of them of the test set; more would cost
-    more than a few percent of the epoch, and far fewer would say nothing."""
+    """A thirtieth of an epoch's views of the training set vote for a sixtieth of them of the test set; more would cost
+    more than 2 % of the epoch, and far fewer would say nothing."""
     folder, _, _, _ = run
     contents = common.run_folder.load_checkpoint(folder / "ckpt.pt")
     encoder, _ = common.models.build_encoder("small", "3x3")
     encoder.double().load_state_dict(contents["encoder"])
     train, test = (common.data.load_data("shapes", None, train, size=16) for train in (True, False))
-    bank, query = 2 * N // 20, 2 * N // 50
+    bank, query = 2 * N // 30, 2 * N // 60
     with torch.no_grad():
         seen = (train.images[:bank], test.images[:query])
         r, r_test = (encoder.eval()(normalised(pixels, contents)).numpy() for pixels in seen)
@@ -183,6 +183,44 @@ def test_a_checkpoint_is_saved_when_its_minutes_have_passed(tmp_path, monkeypatc
     assert journal(tmp_path / "five", monkeypatch, 9, save_minutes=5)[1] == [2, 4, 6, 8]
 
 
+def epochs_that_are_saved(folder, monkeypatch, *, epochs, epoch_takes, save_takes):
+    """The epochs after which a run saves whose clock moves on by these seconds."""
+    now, saved = [0.0], []
+    monkeypatch.setattr(common.journal.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
+    config = SimpleNamespace(batch=50, epochs=epochs, save_minutes=1e9, log_every=1, keep_every=None, tensorboard=False,
+                             workers=0, run=folder)
+    run = SimpleNamespace(config=config, step=0, steps_per_epoch=1, total_steps=epochs,
+                          checkpoint=lambda losses, seconds: saved.append(run.step) or {"encoder": {}})
+    journal = common.journal.Journal(run, 1, None, None, None)
+
+    def write(*what):
+        now[0] += save_takes
+
+    monkeypatch.setattr(journal.folder, "_write", write)
+    for run.step in range(1, epochs + 1):
+        now[0] += epoch_takes
+        journal.note_step(run, torch.tensor(1.0), 0.1)
+        journal.note_epoch(run, {})
+        journal.folder.wait()
+    journal.close(run)
+    return saved[1:]
+
+
+def test_an_epoch_is_saved_while_saves_take_under_2_percent_of_the_time_and_the_last_one_always(tmp_path, monkeypatch):
+    saves = lambda name, **seconds: epochs_that_are_saved(tmp_path / name, monkeypatch, **seconds)
+    assert saves("long", epochs=5, epoch_takes=60, save_takes=1) == [1, 2, 3, 4, 5]
+    # after k epochs of 10 s and s saves of 1 s: s < 0.02 (10 k + s), k > 4.9 s
+    assert saves("short", epochs=18, epoch_takes=10, save_takes=1) == [1, 5, 10, 15, 18]
+    assert saves("slow", epochs=9, epoch_takes=1, save_takes=10) == [1, 9]
+
+
+def test_of_several_ranks_every_so_manieth_epoch_is_diagnosed_and_the_last_one():
+    run_at = lambda step: SimpleNamespace(step=step, steps_per_epoch=4, total_steps=28, ends_epoch=step % 4 == 0)
+    for world, epochs in (1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (8, [7]):
+        assert [step for step in range(1, 29) if pretrain.is_diagnosed(run_at(step), world)] == [4 * e for e in epochs]
+
+
 def test_images_a_second_are_counted_over_the_epoch_and_logged_every_few_steps(tmp_path, monkeypatch):
     lines, _ = journal(tmp_path / "run", monkeypatch, 9)
     assert [line["step"] for line in lines] == [4, 8]
@@ -195,7 +233,7 @@ def test_seconds_and_images_a_second_are_those_of_training_alone(tmp_path, monke
     monkeypatch.setattr(common.journal.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
     config = SimpleNamespace(batch=50, epochs=2, save_minutes=1e9, log_every=4, keep_every=None, tensorboard=False,
-                             run=tmp_path / "run")
+                             workers=0, run=tmp_path / "run")
     contents = lambda losses, seconds: {"encoder": {}}
     run = SimpleNamespace(config=config, step=0, steps_per_epoch=4, total_steps=8, checkpoint=contents)
     journal = common.journal.Journal(run, 1, None, None, None)

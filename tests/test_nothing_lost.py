@@ -55,7 +55,7 @@ def test_copies_of_a_folder_that_is_being_written_all_resume_to_the_same_bits(lo
         subprocess.run(["cp", "-r", tmp_path / "run", copy], stderr=subprocess.DEVNULL)  # a file may go meanwhile
     assert writing.running() and writing.wait().status == 0
     for step, copy in zip((5, 15, 25, 35), copies):
-        assert step - 2 < newest_checkpoint(copy)[0]["step"] < 60
+        assert step - 3 < newest_checkpoint(copy)[0]["step"] < 60  # one step later its checkpoint is on the disk
         assert start("pretrain", "--resume", copy).wait().status == 0
         assert same_bits(state_of(copy), state_of(long))
         assert all(entry in log_of(long) for entry in log_of(copy))  # its log may have been copied before the rest
@@ -107,7 +107,8 @@ def test_a_warning_signal_saves_and_the_run_goes_on(word, long, tmp_path):
 
 def test_a_warning_signal_before_the_first_step_waits_for_it(tmp_path, monkeypatch, capsys):
     load = pretrain.load_on_every_rank
-    monkeypatch.setattr(pretrain, "load_on_every_rank", lambda *args: signal.raise_signal(signal.SIGUSR1) or load(*args))
+    warned = lambda *args: signal.raise_signal(signal.SIGUSR1) or load(*args)
+    monkeypatch.setattr(pretrain, "load_on_every_rank", warned)
     train(*SMALL, "--epochs", "1", "--run-dir", tmp_path / "run")
     assert "saved step 1, as a signal asked; the run goes on" in capsys.readouterr().out
 
