@@ -11,7 +11,9 @@ from torch import nn
 
 from common.cli import Refused
 from common.config import of_checkpoint
-from common.models import bfloat16_is_fast, build_encoder, build_projection, encode, encode_images, widths_of
+from common.models import (
+    bfloat16_is_fast, build_encoder, build_projection, encode, encode_images, refuse_size, widths_of,
+)
 from common.objectives import OBJECTIVES
 from common.run_folder import checkpoint_of, load_checkpoint, load_plain, load_state, write_aside
 from common.views import WorkerViews, draw_view, make_view, send, worker_batches
@@ -90,8 +92,9 @@ def frozen_from(contents, path, device, unit=False):
     config = contents["config"]
     try:
         encoder, _ = build_encoder(config["arch"], config["stem"])
+        refuse_size(encoder, config["arch"], config["size"])
         frozen = Frozen(encoder, contents["mean"], contents["std"], config, device, unit, contents.get("step"))
-    except (KeyError, AttributeError, ValueError, RuntimeError) as e:
+    except (Refused, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as e:
         raise Refused(f"{path} names no encoder that pretrain.py builds: "
                       "it is damaged or changed by hand, name another") from e
     load_state(encoder, contents["encoder"], path)

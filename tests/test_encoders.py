@@ -88,6 +88,15 @@ def test_images_of_another_size_than_a_vit_takes_are_refused_before_the_run(smal
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_whose_size_its_encoder_cannot_take_is_refused(small_families, tmp_path):
+    train(*RUN, "--arch", "vit_b_16", "--run-dir", tmp_path)
+    contents = common.frozen.load_checkpoint(tmp_path / "ckpt.pt")
+    contents["config"]["size"] = 40
+    torch.save(contents, tmp_path / "ckpt.pt")
+    with pytest.raises(common.cli.Refused, match="names no encoder that pretrain.py builds"):
+        common.frozen.load_encoder(tmp_path)
+
+
 # ---------------------------------------------------------------- layers that draw at random
 
 

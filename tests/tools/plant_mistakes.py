@@ -348,6 +348,8 @@ MISTAKES = {
          "probe"),
         ("the untrained encoder is the trained one",
          "return Frozen(encoder, frozen.mean", "return Frozen(frozen.encoder, frozen.mean", "probe_parts"),
+        ("a checkpoint's encoder takes images of no size",
+         'refuse_size(encoder, config["arch"], config["size"])', "pass", "encoders"),
         ("r is not brought to norm 1", "return F.normalize(r) if self.unit else r", "return r", "probe_parts"),
     ],
     "common/images.py": [
