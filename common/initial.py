@@ -8,7 +8,7 @@ import torchvision
 
 from common.cli import Refused, say
 from common.models import OURS, has_stem
-from common.run_folder import FORMAT, checkpoint_of, is_there, load_checkpoint
+from common.run_folder import CHECKPOINT, FORMAT, checkpoint_of, is_there, require_entries
 
 PUBLISHED = "torchvision"  # as the value of --init: the weights that torchvision publishes
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the images that those are trained on
@@ -87,7 +87,8 @@ def read_weights(init, arch):
                       "torch.save wrote") from e
     contents = contents if isinstance(contents, dict) else {}
     if contents.get("format") == FORMAT:
-        return of_run(init, arch)
+        require_entries(contents, checkpoint_of(init), *CHECKPOINT)
+        return of_run(contents, init, arch)
     for name in NESTED:
         contents = contents[name] if isinstance(contents.get(name), dict) else contents
     tensors = {name: entry for name, entry in contents.items()
@@ -95,9 +96,8 @@ def read_weights(init, arch):
     return Weights(tensors, *map(torch.tensor, IMAGENET))
 
 
-def of_run(init, arch):
-    """The Weights in a checkpoint of pretrain.py."""
-    contents = load_checkpoint(checkpoint_of(init))
+def of_run(contents, init, arch):
+    """The Weights in the contents of a checkpoint of pretrain.py."""
     theirs = contents["config"].get("arch")
     if theirs != arch:
         raise Refused(f"--init {init} holds the encoder {theirs}, and this run has {arch}: give --arch {theirs}")

@@ -38,11 +38,12 @@ WRITTEN = "ckpt", "epoch", "config"  # how the names begin that a run writes asi
 FORMAT = "supcon-pretrain-1"
 ENTRIES = {"config": dict, "step": int, "seconds": float, "encoder": dict, "optimizer": dict,
            "mean": torch.Tensor, "std": torch.Tensor, "classes": list}
+CHECKPOINT = "checkpoint", "pretrain.py", FORMAT, ENTRIES, "name the ckpt.pt of a run folder"  # for load_plain
 
 
 def load_checkpoint(path):
     """The contents of a checkpoint of pretrain.py: plain tensors and types. Raises Refused for anything else."""
-    return load_plain(path, "checkpoint", "pretrain.py", FORMAT, ENTRIES, "name the ckpt.pt of a run folder")
+    return load_plain(path, *CHECKPOINT)
 
 
 def load_plain(path, kind, script, form, entries, remedy):
@@ -53,12 +54,17 @@ def load_plain(path, kind, script, form, entries, remedy):
         raise Refused(f"there is no {kind} {path}: {remedy}") from e
     except Exception as e:  # of a zip archive, of pickle, of the file system
         raise Refused(f"{path} cannot be read as a {kind} of {script} ({type(e).__name__}): {remedy}") from e
+    require_entries(contents, path, kind, script, form, entries, remedy)
+    return contents
+
+
+def require_entries(contents, path, kind, script, form, entries, remedy):
+    """Raises Refused unless the contents of a file are a dict that names its format and holds these entries."""
     if not isinstance(contents, dict) or contents.get("format") != form:
         raise Refused(f"{path} is not a {kind} of {script}: {remedy}")
     wrong = [name for name, type_ in entries.items() if not isinstance(contents.get(name), type_)]
     if wrong:
         raise Refused(f"{path} is not a {kind} of {script}, it lacks {', '.join(wrong)}: {remedy}")
-    return contents
 
 
 def checkpoint_of(path):

@@ -1,6 +1,7 @@
 """Runs that start from weights: what is taken, what is refused, and a head that is trained before its encoder."""
 
 import copy
+import hashlib
 import shutil
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import common.initial
 import common.models
 import pretrain
 from children import Launch
-from runs import SMALL, log_of, options_of, same_bits, state_of, train
+from runs import SMALL, log_of, options_of, refusal, same_bits, state_of, train
 
 pytestmark = pytest.mark.seeds_torch
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # ImageNet's
@@ -142,6 +143,48 @@ def test_the_word_torchvision_asks_for_what_torchvision_publishes(resnet, monkey
     monkeypatch.setattr(torchvision.models, "get_model", offline)
     with pytest.raises(common.cli.Refused, match="https://download.*cannot be fetched .no route to host"):
         common.initial.start_from(encoder, config)
+
+
+PUBLISHED = ["--arch", "resnet18", "--stem", "7x7", "--init", "torchvision"]
+
+
+def publish(net, folder, monkeypatch):
+    """Puts the weights in the place of those that torchvision publishes of a ResNet-18. Returns their file."""
+    torch.save(net.state_dict(), folder / "weights.pth")
+    digest = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()
+    file = (folder / "weights.pth").rename(folder / f"resnet18-{digest[:8]}.pth")  # the digest is checked
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights.DEFAULT.value, "url", file.as_uri())
+    monkeypatch.setenv("TORCH_HOME", str(folder / "kept"))
+    return file
+
+
+def test_published_weights_are_fetched_once(resnet, tmp_path, monkeypatch):
+    file = publish(resnet, tmp_path, monkeypatch)
+    encoder, _, (mean, std) = started("torchvision")
+    file.unlink()
+    again, _, _ = started("torchvision")
+    assert same_bits(again.state_dict(), encoder.state_dict())
+    assert all(torch.equal(entry, resnet.state_dict()[name]) for name, entry in encoder.state_dict().items())
+    assert torch.equal(mean, MEAN.flatten()) and torch.equal(std, STD.flatten())
+
+
+def test_published_weights_that_do_not_arrive_are_refused_in_one_line(resnet, tmp_path, monkeypatch, capsys):
+    file = publish(resnet, tmp_path, monkeypatch)
+    whole = file.read_bytes()
+    file.unlink()
+    line = refusal(pretrain, [*SMALL, *PUBLISHED, "--run-dir", tmp_path / "run"], monkeypatch, capsys)
+    assert f"--init torchvision: {file.as_uri()} cannot be fetched (" in line
+    assert "fetch it elsewhere, and name the file" in line and not (tmp_path / "run").exists()
+    file.write_bytes(whole[:1000])
+    with pytest.raises(common.cli.Refused, match=r"cannot be fetched \(invalid hash value"):
+        started("torchvision")
+
+
+def test_a_run_that_others_start_from_is_read_once(trained, monkeypatch):
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: read.append(path) or load(path, **options))
+    common.initial.read_weights(str(trained), "small")
+    assert read == [trained / "ckpt.pt"]
 
 
 # ---------------------------------------------------------------- fine-tuning
