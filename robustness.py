@@ -21,7 +21,6 @@ from zipfile import BadZipFile
 import click
 import numpy as np
 import torch
-import torch.utils.data
 
 from common.cli import Refused, is_first, run_command, say
 from common.config import require
@@ -29,11 +28,11 @@ from common.corruptions import MADE, NAMES, corrupt
 from common.data import Data, generator, load_data, resize_square, with_classes_of
 from common.figures import draw_robustness, pyplot
 from common.frozen import fingerprint, load_classifier, write_json
-from common.images import find_images, read_image, resize_and_crop
+from common.images import find_images
 from common.metrics import reliability
 from common.ranks import choose_device
 from common.run_folder import kind_of_its_own, suffix
-from common.views import worker_batches
+from common.views import WorkerViews, worker_batches
 
 SEVERITIES = range(1, 6)
 ALEXNET_CLEAN = 0.43478  # top-1 error of torchvision's AlexNet
@@ -109,19 +108,6 @@ class Cifar10C:
             yield resize_square(images, self.size), self.labels[rows]
 
 
-class Files(torch.utils.data.Dataset):
-    """(image (3, size, size) uint8, label) of each file of a Folder."""
-
-    def __init__(self, folder, size):
-        self.folder, self.size = folder, size
-
-    def __len__(self):
-        return len(self.folder.files)
-
-    def __getitem__(self, row):
-        return resize_and_crop(read_image(self.folder.files[row]), self.size), self.folder.labels[row]
-
-
 class ImageNetC:
     """Folders NAME/SEVERITY/CLASS/*.JPEG, or the same below the published archives' folders (noise, blur, ...)."""
 
@@ -146,12 +132,15 @@ class ImageNetC:
         if folder.classes != self.classes:
             raise Refused(f"{path} holds {len(folder.classes)} classes that are not, by name, "
                           f"the {len(self.classes)} that the classifier was fitted to")
-        return Files(folder, self.size)
+        sample = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        return Data(sample, torch.tensor(folder.labels), folder.classes, folder.files)
 
     def batches(self, name, severity):
-        folder = self.folders[name, severity]
-        order = torch.randperm(len(folder), generator=generator("limit"))[: self.limit]
-        yield from worker_batches(folder, [rows.tolist() for rows in order.split(500)], self.workers)
+        data = self.folders[name, severity]
+        parts = torch.randperm(len(data.files), generator=generator("limit"))[: self.limit].split(500)
+        items = [[(row,) for row in rows.tolist()] for rows in parts]
+        for images, rows in zip(worker_batches(WorkerViews(data, "none"), items, self.workers), parts):
+            yield images, data.labels[rows]
 
 
 def published(folder, classifier, limit, workers, test):
