@@ -27,6 +27,7 @@ WAYS = {  # (ranks, options)
     "two ranks": (2, []),
     "two ranks, gradient caching, a queue": (2, ["--micro-batch", "5", "--queue", "150"]),
 }
+PATIENCE = 600  # seconds for a run that is left in peace, on a machine with other work
 
 
 def wait_until(happened, launch):
@@ -54,7 +55,7 @@ def kill_and_resume(way, folder, kills, seed=0, epochs=30):
     (ranks, options), chance, left = WAYS[way], random.Random(seed), []
     first = [*SMALL, "--epochs", epochs, "--save-minutes", "0", *options, "--run-dir"]  # a checkpoint after every step
     whole, run = folder / "whole", folder / "broken"
-    assert start("pretrain", *first, whole, ranks=ranks).wait().status == 0
+    assert start("pretrain", *first, whole, ranks=ranks).wait(PATIENCE).status == 0
     broken = 0
     while len(left) < kills or not any(left):  # not every kill may come before the first step
         go_on = ["--resume", run] if (run / "log.jsonl").exists() else [*first, run]
@@ -66,7 +67,7 @@ def kill_and_resume(way, folder, kills, seed=0, epochs=30):
             broken += 1
             run = folder / f"broken-{broken}"
     if (run / "log.jsonl").exists():
-        assert start("pretrain", "--resume", run, ranks=ranks).wait().status == 0
+        assert start("pretrain", "--resume", run, ranks=ranks).wait(PATIENCE).status == 0
         assert same_bits(state_of(run), state_of(whole)) and log_of(run) == log_of(whole)
     return left
 
