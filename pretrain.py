@@ -209,7 +209,7 @@ class Run:
         """resumed: the contents of a checkpoint, whose state this run takes over."""
         self.config, self.step = config, 0
         self.classes, self.images = list(data.classes), len(data.labels)
-        self.sum_of_labels = checksum(data.labels)
+        self.checksum = checksum(data, config.data)
         self.steps_per_epoch = self.images // config.batch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.autocast = type_of_autocast(config.precision, ranks.device)
@@ -282,7 +282,7 @@ class Run:
             "std": self.std.cpu().float(),
             "classes": self.classes,
             "images": self.images,
-            "sum_of_labels": self.sum_of_labels,
+            "checksum": self.checksum,
         }
 
     def restore(self, contents):

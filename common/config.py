@@ -495,9 +495,9 @@ def require_same_data(config, data, contents):
     images = contents.get("images", len(data.labels))
     require(len(data.labels) == images,
             f"{source} holds {len(data.labels)} images, the run began with {images}: {remedy}")
-    sum_of_labels = checksum(data.labels)
-    require(contents.get("sum_of_labels", sum_of_labels) == sum_of_labels,
-            f"{source} gives the images other labels, or another order, than the run began with: {remedy}")
+    found = checksum(data, config.data)
+    require(contents.get("checksum", found) == found,
+            f"{source} gives the images other names or labels than the run began with: {remedy}")
     if config.streams != STREAMS:
         chosen = config.subset < 1 or config.label_noise or config.limit and config.dataset == "folder"
         require(config.streams or not chosen,

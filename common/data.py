@@ -4,6 +4,7 @@ To add one, give it a name in DATASETS, a branch in load_data, and a line in FIL
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -69,7 +70,7 @@ def require_same_on_every_rank(data, root, ranks):
 
     Files are known by their names, because one file may be decoded in two ways, and other images by their checksums.
     """
-    names = [os.path.relpath(path, root) for path in data.paths or ()]  # the root may differ from node to node
+    names = names_of_files(data, root)
     names = names or [f"image {row} ({zlib.crc32(image):08x})" for row, image in enumerate(data.images.numpy())]
     if data.classes:
         names = [f"{name} of the class {data.classes[label]}" for name, label in zip(names, data.labels.tolist())]
@@ -86,9 +87,16 @@ def require_same_on_every_rank(data, root, ranks):
     ranks.meet()
 
 
-def checksum(labels):
-    """A number that tells labels, and their order, from others."""
-    return zlib.crc32(labels.numpy())
+def names_of_files(data, root):
+    """The paths of a folder's images below its root, which may differ from node to node. Empty for other data sets."""
+    below = functools.cache(lambda folder: os.path.relpath(folder, root))  # too slow for each of a million files
+    return [os.path.join(below(folder), name) for folder, name in map(os.path.split, data.paths or ())]
+
+
+def checksum(data, root):
+    """A number that tells labels and names of files, and their order, from others."""
+    names = "\0".join(names_of_files(data, root)).encode(errors="surrogateescape")
+    return zlib.crc32(names, zlib.crc32(data.labels.numpy()))
 
 
 def first_difference(mine, theirs):

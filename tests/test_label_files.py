@@ -1,6 +1,7 @@
 """Labels from a CSV file: the same run as of class folders, and every mistake in the file named by its line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -61,10 +62,15 @@ def test_a_run_goes_on_with_its_own_labels_alone(pictures, monkeypatch, capsys):
     train(*FOLDER, "--data", folder, "--labels", own, "--run-dir", run)
     other = folder / "other.csv"
     first, second = (next(k for k, line in enumerate(lines) if f",{name},train" in line) for name in "ab")
-    lines[first], lines[second] = lines[first].replace(",a,", ",b,"), lines[second].replace(",b,", ",a,")
-    other.write_text("\n".join(lines))
-    words = refusal(pretrain, ["--resume", run, "--labels", other, "--epochs", "2"], monkeypatch, capsys)
-    assert f"--labels {other} gives the images other labels" in words
+    exchanged = [*lines]
+    exchanged[first], exchanged[second] = lines[first].replace(",a,", ",b,"), lines[second].replace(",b,", ",a,")
+    path = lines[first].split(",")[0]
+    shutil.copy(folder / path, folder / f"{path}.png")
+    renamed = [line.replace(f"{path},", f"{path}.png,") for line in lines]
+    for changed in exchanged, renamed:
+        other.write_text("\n".join(changed))
+        words = refusal(pretrain, ["--resume", run, "--labels", other, "--epochs", "2"], monkeypatch, capsys)
+        assert f"--labels {other} gives the images other names or labels" in words
     train("--resume", run, "--epochs", "2")
 
 
