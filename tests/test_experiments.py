@@ -136,7 +136,8 @@ def test_an_experiment_goes_on_where_it_was(number, undisturbed, tmp_path, monke
     steps, plain = [], pretrain.training_step
     monkeypatch.setattr(pretrain, "training_step", lambda run, batch: steps.append(run.step) or plain(run, batch))
     run_two(tmp_path)
-    assert steps[-1] == 23 and steps == list(range(steps[0], 24)) and steps[0] in (6, 7)
+    assert steps[-1] == 23 and steps == list(range(steps[0], 24))
+    assert steps[0] in (5, 6, 7)  # the last checkpoint may have been under way
     assert lines_of(tmp_path) == lines_of(undisturbed)
 
 
