@@ -234,3 +234,20 @@ def test_streams_whose_32_bit_seeds_agree_differ():
 def test_a_stream_is_equally_distributed_in_its_first_numbers():
     first = torch.stack([torch.rand(2, generator=common.data.generator("views", k)) for k in range(4000)])
     assert (first.mean(0) - 0.5).abs().max() < 0.02 and first.T.corrcoef()[0, 1].abs() < 0.06
+
+
+@ways
+def test_views_are_cropped_as_much_as_they_are_asked_to(way):
+    assert not torch.equal(views(ALIKE, **way, crop_min=0.9), views(ALIKE, **way, crop_min=0.2))
+
+
+def test_colours_are_changed_as_much_as_they_are_asked_to():
+    assert not torch.equal(views(ALIKE, jitter=0.1), views(ALIKE, jitter=0.5))
+
+
+def test_what_workers_have_cropped_is_not_cropped_again(monkeypatch):
+    made = common.views.Batch
+    boxes = []
+    monkeypatch.setattr(common.views, "Batch", lambda *args: boxes.extend(d.box for d in args[5]) or made(*args))
+    list(batches(ALIKE, stream=True))
+    assert boxes and (torch.cat(boxes) == torch.tensor([0.0, 0.0, SIZE, SIZE])).all()
