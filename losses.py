@@ -28,7 +28,7 @@ float16 that underflows for large N: use a gradient scaler). tau may be a tensor
 class probabilities get none. What is made of scores has no second derivative: create_graph=True raises RuntimeError.
 Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
 Tried on torch 2.4, 2.7, 2.11 and 2.14. torch.compile makes one graph of a loss on the last two, several on 2.7, and
-fails on 2.4. torch.func and torch.export see plain operations: a matrix of all scores, in the precision around.
+fails on 2.4. Beneath torch.func and torch.export all scores are one matrix, and TF32 is left as it is set.
 """
 import functools
 import math
@@ -406,7 +406,8 @@ def _check(z, y=None, views=1, soft=False):
     _require(views > 0 and len(z) % views == 0, "the rows of z {} must be a multiple of views >= 1, got {}", z, views)
 
 def _require_whole(z):
-    _require(not hasattr(z, "device_mesh"), "of a DTensor {} the losses take full_tensor(), or the ranks' own rows", z)
+    is_whole = not hasattr(z, "device_mesh")
+    _require(is_whole, "z is a DTensor {}: give its full_tensor(), or the rank's own rows to supcon_sharded", z)
 
 def _check_contrast(z, y, contrast, y_contrast):
     _check(contrast, y_contrast, soft=True)

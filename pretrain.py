@@ -249,8 +249,10 @@ class Run:
         return self.step % self.steps_per_epoch == 0
 
     def descend(self):
-        """Takes a step of the optimizer. Returns whether it was skipped, as is one whose gradients overflow in float16:
-        the scaler then halves the factor by which it keeps them from underflowing."""
+        """Takes a step of the optimizer. Returns whether the scaler has skipped it.
+
+        The scaler skips a step whose gradients overflow in float16, and halves the factor that it multiplies them by.
+        """
         self.was_taken = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -308,7 +310,7 @@ def is_diagnosed(run, world):
     """Whether this step ends an epoch that is diagnosed: of `world` ranks every world-th one, and the last one.
 
     The other ranks wait for rank 0, whose part of an epoch's images is a world-th. No clock decides, so all ranks
-    agree, and a run that goes on has the log of one that never stopped.
+    agree, and a run that goes on to the same last epoch has the log of one that never stopped.
     """
     return run.ends_epoch and (run.step // run.steps_per_epoch % world == 0 or run.step == run.total_steps)
 

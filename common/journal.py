@@ -11,7 +11,7 @@ from common.cli import NotFinite, Refused, on_terminal, say, say_in_place
 from common.objectives import collapse_and_floor
 from common.optim import learning_rate
 from common.run_folder import RunFolder, describe_run
-from common.views import POLICIES
+from common.views import are_made_in_workers
 
 
 def open_journal(run, data, test, ranks, resumed):
@@ -169,12 +169,12 @@ class Journal:
             say(f"  warning: the loss sits at its collapse value {self.collapse:.4f}: all features are alike. "
                 "Lower --lr, lengthen --warmup or raise --tau", err=True)
         self.losses = Losses(())
-        if run.step == run.total_steps or self.may_save():
+        if self.may_save():  # the last one is saved by `close`
             self.save(run)
         if self.config.keep_every and self.entry["epoch"] % self.config.keep_every == 0:
             weights = {k: v for k, v in self.finite_checkpoint(run).items() if k != "queue"} | {"optimizer": {}}
             self.folder.keep(f"epoch-{self.entry['epoch']:04d}.pt", weights)
-        if self.config.workers and (self.config.stream or self.config.augment in POLICIES):
+        if self.config.workers and are_made_in_workers(self.config):
             self.folder.wait()  # the next epoch forks its workers, and a fork wants no other thread at work
         self.clock = time.perf_counter()
         self.start_epoch()

@@ -185,6 +185,11 @@ POLICIES = ("auto", "rand", "stacked-rand")
 AUGMENTATIONS = ("sim", "crop", "none", *POLICIES)
 
 
+def are_made_in_workers(config):
+    """Whether images come from WorkerViews, one by one, as those of streamed folders and of policies do."""
+    return config.stream or config.augment in POLICIES
+
+
 class WorkerViews(torch.utils.data.Dataset):
     """What the workers of a DataLoader do to single images.
 
@@ -331,7 +336,7 @@ def make_batches(config, data, ranks, mean, std, first_step):
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)  # of the global batch
     index, labels = torch.arange(mine.start, mine.stop), data.labels.to(device)
     on_device = index.to(device)
-    in_workers = data.files is not None or config.augment in POLICIES
+    in_workers = are_made_in_workers(config)
     images = None if in_workers else data.images.to(device)
     steps = len(labels) // config.batch  # of an epoch
     for epoch in range(first_step // steps, config.epochs):
