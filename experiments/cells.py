@@ -3,9 +3,12 @@
 An experiment is a table of cells. A cell is a training and a probe, written as the words of their command lines, and it
 runs once for each seed. Its result becomes a line of results/experiments/NAME-SCALE.jsonl. A cell that has its line is
 not run again, and a training that was stopped goes on from its checkpoint in runs/experiments: so an experiment can be
-ended and started again at any time. Two processes may share the work, each with --seed of its own.
+ended and started again at any time. Its folder there has the name of its words, so that experiments with the same
+training share it. Two processes may share the work, each with --seed of its own.
 """
 
+import contextlib
+import functools
 import json
 import os
 import shlex
@@ -19,8 +22,10 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common.data
 import linear_probe
 import pretrain
+import robustness
 from common.cli import NotFinite, Refused, say
 from common.data import load_data
 from common.figures import COLOURS, pyplot, save
@@ -115,6 +120,19 @@ def command(stage, words):
     return stage.main(shlex.split(words), standalone_mode=False)
 
 
+@contextlib.contextmanager
+def images_kept():
+    """Inside, the stages read each set of images once: all cells of an experiment see the same ones."""
+    modules, kept = (common.data, linear_probe, robustness), functools.cache(load_data)
+    for module in modules:
+        module.load_data = kept
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.load_data = load_data
+
+
 def place(about):
     """In words, from a config.json: what the numbers were made with."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -164,6 +182,7 @@ class Claim(NamedTuple):
     held: str
 
 
+@images_kept()
 def run_all(experiment, scale_name, seeds, only, results, runs, more):
     """Runs the cells that have no result yet, seed by seed, and appends each one's result to the file."""
     scale = SCALES[scale_name]
@@ -175,14 +194,14 @@ def run_all(experiment, scale_name, seeds, only, results, runs, more):
             done = (name, seed) in {(r["cell"], r["seed"]) for r in read(path)}
             if done or only not in name or seed >= (cell.seeds or scale.seeds):
                 continue
-            folder = runs / f"{experiment.name}-{scale_name}" / f"{as_file_name(name)}-s{seed}"
+            folder = runs / scale_name / f"{as_file_name(cell.train)}-s{seed}"
             result = run_cell(name, cell, scale, seed, folder, more)
             with open(path, "a") as file:
                 file.write(json.dumps(result) + "\n")
 
 
-def as_file_name(name):
-    return "".join(c if c.isalnum() or c in "-." else "-" for c in name)
+def as_file_name(words):
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in words.replace("--", ""))
 
 
 def drop_cut_off_line(path):

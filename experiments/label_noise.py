@@ -15,7 +15,8 @@ LOSSES = {"SupCon": ("supcon", {}), "cross-entropy": ("ce", {"views": 1, "lr": 0
 
 
 def cells(scale):
-    return {name_of(name, part): Cell(trained(scale, loss, words=f"--label-noise {part:g}", **more), seeds=2)
+    noise = {part: f"--label-noise {part:g}" if part else "" for part in PARTS}
+    return {name_of(name, part): Cell(trained(scale, loss, words=noise[part], **more), seeds=2)
             for part in PARTS for name, (loss, more) in LOSSES.items()}
 
 

@@ -7,6 +7,7 @@ trained so long that both are as good on clean images, or as nearly as any of th
 """
 
 import functools
+import os
 import shlex
 import statistics
 
@@ -28,8 +29,8 @@ def cells(scale):
 
 
 def corrupted(images, folder):
-    """What robustness.py finds of the classifier in a run's folder, with as many test images."""
-    [classifier] = folder.glob("classifier*.pt")
+    """What robustness.py finds of the newest classifier in a run's folder, with as many test images."""
+    classifier = max(folder.glob("classifier*.pt"), key=os.path.getmtime)
     found = command(robustness, f"{shlex.quote(str(classifier))} --limit {images}")
     return {
         "clean_accuracy": 100 * (1 - found["clean_error"]),

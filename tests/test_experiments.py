@@ -156,6 +156,23 @@ def test_what_is_trained_is_probed_and_what_has_its_result_is_left_alone(undistu
     assert words == ["linear_probe"] and lines_of(undisturbed) == before
 
 
+def test_experiments_with_the_same_training_share_it_and_each_reads_its_images_once(tmp_path, monkeypatch):
+    trained_in, read, load = [], [], cells.load_data
+    plain = cells.train_run
+    noted = lambda *words, **more: read.append((words, *more.items())) or load(*words, **more)
+    monkeypatch.setattr(cells, "load_data", noted)
+    monkeypatch.setattr(cells, "train_run", lambda words, folder: trained_in.append(folder) or plain(words, folder))
+    top1 = []
+    for name in ("one", "other"):
+        twice = TWO._replace(name=name, cells=lambda scale: {key: two_cells(scale)["a"] for key in "ab"})
+        read.clear()
+        cells.run_all(twice, "smoke", (), "", tmp_path, tmp_path / "runs", "")
+        top1 += cells.values(cells.read(tmp_path / f"{name}-smoke.jsonl"), "top1")
+        assert len(read) == len(set(read)) > 0
+    assert len(trained_in) == 4 and len(set(trained_in)) == 1
+    assert len(set(top1)) == 1
+
+
 def test_of_a_training_that_diverged_the_last_good_checkpoint_is_probed(tmp_path):
     rates = {"wild": 1e10, "tame": 1}
     wild = TWO._replace(cells=lambda scale: {name: Cell(trained(scale, "ce", lr=lr)) for name, lr in rates.items()})
@@ -165,7 +182,7 @@ def test_of_a_training_that_diverged_the_last_good_checkpoint_is_probed(tmp_path
 
 
 def test_a_model_of_a_run_is_the_trained_one_or_the_one_it_began_as(undisturbed):
-    run = undisturbed / "runs" / "two-smoke" / "a-s0"
+    run = undisturbed / "runs" / "smoke" / f"{cells.as_file_name(two_cells(cells.SCALES['smoke'])['a'].train)}-s0"
     (one, contents), (other, _) = cells.model_of(run), cells.model_of(run, trained=False)
     assert all(torch.equal(v, contents["encoder"][k]) for k, v in one.encoder.state_dict().items())
     began = pretrain.build_model(SimpleNamespace(**contents["config"]), None)
