@@ -196,7 +196,7 @@ RUN = {  # of each experiment, cells that differ in kind
     "losses_compared": ["SupCon, L_out", "cross-entropy", "SupCon + cross-entropy", "NT-Xent", "N-pair",
                         "cross-entropy, CutMix"],
     "supcon_against_cross_entropy": ["search: SupCon, 3 views", "search: cross-entropy, lr x 0.5",
-                                     "SupCon, 1 view, 1 x", "cross-entropy, 4 x"],
+                                     "SupCon, 1 view, 1 x", "cross-entropy, lr x 1, 4 x"],
     "stability": ["SupCon, as it is", "cross-entropy, as it is", "SupCon, colours and blur", "cross-entropy, LARS",
                   "SupCon, RMSProp", "SupCon, rate x 10"],
     "temperature": ["NT-Xent, tau 0.07", "hard, tau 1", "simple", "hard simple"],
