@@ -553,6 +553,7 @@ class _Scores(torch.autograd.Function):
 
 ROWS = 256  # anchors in a strip, eight times as many on an accelerator
 COLUMNS = 8192  # of the contrast set in a strip: wider ones leave a CPU's cache
+NEAR = 80  # where half the log sums differ by less, powers of 2 of the differences keep well within float32
 KEPT = 2**24  # scores that are kept for the backward at most; where there are more, it computes the strips again
 
 def _from_strips(variant, a, b, y_a, y_b, own):
@@ -635,24 +636,37 @@ def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor 
                    slope: Tensor, log_sum: Tensor, small: Tensor, kept: list[Tensor], of_b: bool) -> list[Tensor]:
     """[the gradient in a, and in b if of_b], from slope, that in log_sum: dL/ds_ij = slope_i 2^(s_ij - log_sum_i)."""
     small = bool(small)
+    half = log_sum[0] / 2  # no score is above the log sum of either of its anchors, so none is above both halves
+    near = b is None and y_a is None and not small and bool(half.max() - half.min() < NEAR)
+    if near:
+        middle = (half.max() + half.min()) / 2
+        down, up = slope[0] * torch.exp2(middle - half), torch.exp2(half - middle)
     log_sum = log_sum.masked_fill(slope == 0, torch.inf)  # -inf for an anchor left out, and -inf - -inf is nan
     factor = slope * torch.exp2(-log_sum) if small else slope
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
     room_of_G, room = a.new_empty(0), a.new_empty(0)
     for I, J, later, s in _strips(a, b, own, small, kept=kept):
-        G = room_of_G.resize_(s.shape).zero_()  # dL/ds_ij, and dL/ds_ji as well where s_ij stands for both
-        for k, part in enumerate(_parts(s, I, J, y_a, y_b, small)):
-            for K in ((I, None), J) if b is None else ((I, None),):  # the anchors: rows of s, or columns
-                softmax = part  # if small, up to what is in factor
-                if not small:
-                    softmax = torch.sub(part, log_sum[k][K], out=room.resize_(s.shape)).exp2_()
-                G.addcmul_(softmax, factor[k][K])
+        G = room_of_G.resize_(s.shape)  # dL/ds_ij, and dL/ds_ji as well where s_ij stands for both
+        if near:  # slope_i 2^(s - log_sum_i) + slope_j 2^(s - log_sum_j), with one power of 2 for both
+            power = torch.sub(s, half[I, None], out=room.resize_(s.shape)).sub_(half[J]).exp2_()
+            torch.mm(torch.stack([down[I], up[I]], 1), torch.stack([up[J], down[J]]), out=G).mul_(power)
+        else:
+            _add_softmaxes(G.zero_(), _parts(s, I, J, y_a, y_b, small), I, J, b is None, log_sum, factor, small, room)
         grads[0][I].addmm_(G, (a if b is None else b)[J])
         if b is None:
             grads[0][later].addmm_(G[:, later.start - J.start :].T, a[I])
         elif of_b:
             grads[1][J].addmm_(G.T, a[I])
     return grads
+
+def _add_softmaxes(G, parts, I, J, both, log_sum, factor, small, room):
+    """Adds slope_i 2^(s_ij - log_sum_i) of each part to G and, if both, slope_j 2^(s_ij - log_sum_j)."""
+    for k, part in enumerate(parts):
+        for K in ((I, None), J) if both else ((I, None),):  # the anchors: rows of s, or columns
+            softmax = part  # if small, up to what is in factor
+            if not small:
+                softmax = torch.sub(part, log_sum[k][K], out=room.resize_(part.shape)).exp2_()
+            G.addcmul_(softmax, factor[k][K])
 
 def _strips(a, b, own, small, keep=False, kept=()):
     """Yields (I, J, later, s): anchors; some of their columns; those of J that come after I; and s_ij between I and J,

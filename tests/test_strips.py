@@ -431,6 +431,24 @@ def test_no_matrix_of_all_scores_is_kept_for_the_backward():
         assert 0 < sum(kept.values()) <= 10 * z.numel() * 8  # N x N would be 50
 
 
+@pytest.mark.parametrize("norm", [1, 8])
+def test_gradients_hold_whether_log_sums_are_near_or_far(norm):
+    """At tau 0.01 the log sums of unit rows differ by less than 160; those of rows of norm 1 and of 8 by more."""
+    z = rows_of(30, 2, 16).double().clone()
+    z[::2] *= norm
+    y = torch.arange(20).repeat(3) % 7
+    y[-1] = 9  # an anchor without a positive is a contrast of the others
+    log_sums = (z @ z.T / 0.01).fill_diagonal_(-math.inf).logsumexp(1) / math.log(2)
+    assert (log_sums.max() - log_sums.min() < 160) == (norm == 1)
+    grads = []
+    for dtype, height in ((torch.double, None), (torch.float, 8)):
+        rows = z.to(dtype).requires_grad_()
+        with strips_of(height):
+            grads.append(torch.autograd.grad(losses.supcon_out(rows, y, 0.01), rows)[0].double())
+    scale = 100 * max(1, norm) ** 2
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6 * scale)
+
+
 def test_probabilities_with_tiny_overlaps_count_in_strips_too():
     """Overlaps of 1e-9 beside an own product of 1: exact arithmetic has them all count."""
     N, e = 40, 1e-9

@@ -56,6 +56,8 @@ MISTAKES = {
          "    return torch.cat([image.repeat(views - 1), image.roll(1)])", "losses theory strips"),
         ("mean over all anchors",
          "loss.sum() / valid.count_nonzero().clamp(min=1)", "loss.sum() / max(len(loss), 1)", "losses theory strips"),
+        ("one power for log sums that are far apart", "NEAR = 80 ", "NEAR = 9e9 ", "strips"),
+        ("one power: a pair's roles exchanged", "torch.stack([up[J], down[J]])", "torch.stack([down[J], up[J]])", "strips"),
         ("another denominator in strips", 'if denominator == "all" and len(y_a)', "if len(y_a)", "ranks"),
         ("ranks: the paper's denominator whatever is asked",
          "global_mean(*_from_rows(variant, z, y, tau, contrast, y_contrast, own, denominator))",
