@@ -87,12 +87,15 @@ def draw(plt, found):
 
 
 def by_seed(found, loss):
-    """For each seed the deviation of the loss's accuracies over all settings, and that in parts of the mean error."""
+    """For each seed the deviation of the loss's accuracies over all settings, and that in parts of the mean error. A
+    seed of which some settings are still to be run is left out."""
     seeds = {}
     for name, results in found.items():
         for result in results if name.startswith(loss) else ():
             seeds.setdefault(result["seed"], []).append(result["top1"])
-    return [{"deviation": deviation(numbers), "relative": relative_deviation(numbers)} for numbers in seeds.values()]
+    most = max(map(len, seeds.values()), default=0)
+    whole = [numbers for numbers in seeds.values() if len(numbers) == most]
+    return [{"deviation": deviation(numbers), "relative": relative_deviation(numbers)} for numbers in whole]
 
 
 def claims(found):

@@ -71,6 +71,12 @@ def test_a_deviation_is_given_in_parts_of_the_mean_error():
     assert stability.relative_deviation([97.5, 98.5]) == pytest.approx(0.5**0.5 / 2)
 
 
+def test_a_seed_whose_settings_are_not_all_run_has_no_deviation():
+    run = lambda seed, top1: {"seed": seed, "top1": top1}
+    found = {"SupCon, a": [run(0, 80), run(1, 50)], "SupCon, b": [run(0, 90)], "cross-entropy, a": [run(1, 10)]}
+    assert stability.by_seed(found, "SupCon") == [{"deviation": 50**0.5, "relative": pytest.approx(50**0.5 / 15)}]
+
+
 def test_beside_supcon_stands_the_cross_entropy_of_the_nearest_clean_accuracy():
     accuracy = {"SupCon": (80, 82), "cross-entropy, 1 x": (85, 86), "cross-entropy, 0.5 x": (79, 82)}
     found = {name: [{"clean_accuracy": value} for value in seeds] for name, seeds in accuracy.items()}
