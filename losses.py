@@ -636,7 +636,7 @@ def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor 
                    slope: Tensor, log_sum: Tensor, small: Tensor, kept: list[Tensor], of_b: bool) -> list[Tensor]:
     """[the gradient in a, and in b if of_b], from slope, that in log_sum: dL/ds_ij = slope_i 2^(s_ij - log_sum_i)."""
     small = bool(small)
-    half = log_sum[0] / 2  # no score is above the log sum of either of its anchors, so none is above both halves
+    half = log_sum[0] / 2  # s_ij <= log_sum_i and s_ij <= log_sum_j, so s_ij - half_i - half_j <= 0
     near = b is None and y_a is None and not small and bool(half.max() - half.min() < NEAR)
     if near:
         middle = (half.max() + half.min()) / 2
@@ -646,12 +646,14 @@ def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor 
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
     room_of_G, room = a.new_empty(0), a.new_empty(0)
     for I, J, later, s in _strips(a, b, own, small, kept=kept):
+        anchors = ((I, None), J) if b is None else ((I, None),)  # rows of s, or columns
         G = room_of_G.resize_(s.shape)  # dL/ds_ij, and dL/ds_ji as well where s_ij stands for both
         if near:  # slope_i 2^(s - log_sum_i) + slope_j 2^(s - log_sum_j), with one power of 2 for both
             power = torch.sub(s, half[I, None], out=room.resize_(s.shape)).sub_(half[J]).exp2_()
             torch.mm(torch.stack([down[I], up[I]], 1), torch.stack([up[J], down[J]]), out=G).mul_(power)
         else:
-            _add_softmaxes(G.zero_(), _parts(s, I, J, y_a, y_b, small), I, J, b is None, log_sum, factor, small, room)
+            parts = _parts(s, I, J, y_a, y_b, small)
+            _add_softmaxes(G.zero_(), parts, anchors, None if small else log_sum, factor, room)
         grads[0][I].addmm_(G, (a if b is None else b)[J])
         if b is None:
             grads[0][later].addmm_(G[:, later.start - J.start :].T, a[I])
@@ -659,12 +661,12 @@ def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor 
             grads[1][J].addmm_(G.T, a[I])
     return grads
 
-def _add_softmaxes(G, parts, I, J, both, log_sum, factor, small, room):
-    """Adds slope_i 2^(s_ij - log_sum_i) of each part to G and, if both, slope_j 2^(s_ij - log_sum_j)."""
+def _add_softmaxes(G, parts, anchors, log_sum, factor, room):
+    """Adds factor_i 2^(s_ij - log_sum_i) to G for each part and all anchors. Without log_sum a part is 2^s_ij."""
     for k, part in enumerate(parts):
-        for K in ((I, None), J) if both else ((I, None),):  # the anchors: rows of s, or columns
-            softmax = part  # if small, up to what is in factor
-            if not small:
+        for K in anchors:
+            softmax = part  # without log_sum, up to what is in factor
+            if log_sum is not None:
                 softmax = torch.sub(part, log_sum[k][K], out=room.resize_(part.shape)).exp2_()
             G.addcmul_(softmax, factor[k][K])
 

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
+from unittest.mock import patch
 
 import click
 import torch
@@ -25,9 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common.data
 import linear_probe
 import pretrain
-import robustness
 from common.cli import NotFinite, Refused, say
-from common.data import load_data
 from common.figures import COLOURS, pyplot, save
 from common.models import build_model
 from common.run_folder import load_checkpoint, load_state, newest_checkpoint
@@ -122,15 +121,12 @@ def command(stage, words):
 
 @contextlib.contextmanager
 def images_kept():
-    """Inside, the stages read each set of images once: all cells of an experiment see the same ones."""
-    modules, kept = (common.data, linear_probe, robustness), functools.cache(load_data)
-    for module in modules:
-        module.load_data = kept
-    try:
+    """Inside, a stage that asks for the same images again gets those that it had: all cells see the same ones."""
+    kept = functools.cache(common.data.load_data)
+    with contextlib.ExitStack() as stack:
+        for module in ("common.data", "linear_probe", "robustness"):
+            stack.enter_context(patch(f"{module}.load_data", kept))
         yield
-    finally:
-        for module in modules:
-            module.load_data = load_data
 
 
 def place(about):
@@ -154,7 +150,7 @@ def model_of(folder, trained=True):
 def views_of_test_images(contents, count, augment, views):
     """(x, labels) of the first test images, view by view, as the run of the checkpoint would see them."""
     config = contents["config"]
-    data = load_data(config["dataset"], config["data"], False, size=config["size"], limit=count)
+    data = common.data.load_data(config["dataset"], config["data"], False, size=config["size"], limit=count)
     size, crop_min, mean, std = config["size"], config["crop_min"], contents["mean"], contents["std"]
     drawn = [draw_view(len(data.labels), size, augment, (config["seed"], 12, v), crop_min=crop_min)
              for v in range(views)]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import cells
 import common.config
+import common.data
 import gradient_anatomy
 import linear_probe
 import pretrain
@@ -163,10 +164,10 @@ def test_what_is_trained_is_probed_and_what_has_its_result_is_left_alone(undistu
 
 
 def test_experiments_with_the_same_training_share_it_and_each_reads_its_images_once(tmp_path, monkeypatch):
-    trained_in, read, load = [], [], cells.load_data
+    trained_in, read, load = [], [], common.data.load_data
     plain = cells.train_run
     noted = lambda *words, **more: read.append((words, *more.items())) or load(*words, **more)
-    monkeypatch.setattr(cells, "load_data", noted)
+    monkeypatch.setattr(common.data, "load_data", noted)
     monkeypatch.setattr(cells, "train_run", lambda words, folder: trained_in.append(folder) or plain(words, folder))
     top1 = []
     for name in ("one", "other"):
