@@ -25,8 +25,10 @@ any other. To rows without a label, give classes of their own: y.where(y >= 0, -
 
 Scores are float32 or wider, without autocast and TF32; a half or bfloat16 z gets its gradient in its own type (in
 float16 that underflows for large N: use a gradient scaler). tau may be a tensor and then gets its gradient; labels and
-class probabilities get none. What is made of scores has no second derivative: create_graph=True raises RuntimeError.
-Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf propagate.
+class probabilities get none. A loss that is made of scores has no second derivative: create_graph=True raises
+RuntimeError. Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf
+propagate.
+
 Tried on torch 2.4, 2.7, 2.11 and 2.14. torch.compile makes one graph of a loss on the last two, several on 2.7, and
 fails on 2.4. Beneath torch.func and torch.export all scores are one matrix, and TF32 is left as it is set.
 """
@@ -545,29 +547,38 @@ class _Scores(torch.autograd.Function):
 #   L_out,i = lse_{a in A(i)} s_ia/tau  -  mean_{p in P(i)} s_ip/tau
 #   L_in,i  = lse_{a in A(i)} s_ia/tau  -  lse_{p in P(i)} s_ip/tau  +  log |P(i)|
 #
-# lse, the log of the sum of exp, goes over strips: a block of anchors against columns of the contrast set. The mean
-# needs no scores: it is z_i . c_i / tau, c_i the mean of the rows P(i), from the sums of the classes. Where the anchors
-# are the contrast set, s_ij = s_ji: a block's strips begin at its own rows, and what lies right of these is its mirror
-# below as well.
-# Here s_ij is z_i . z_j / (tau log 2): 2^s_ij is exp(z_i . z_j / tau), and exp2 is three times as fast on some CPUs.
+# The mean needs no scores: it is z_i . c_i / tau, c_i the mean of the rows P(i), from the sums of the classes. The sums
+# of exp go over strips, blocks of anchors against columns of the contrast set. Where the anchors are the contrast set,
+# s_ij = s_ji: a block's strips begin at its own rows, and what lies right of these is its mirror below as well.
+#
+# From here on s_ij is z_i . z_j / (tau log 2), so that 2^s_ij is exp(z_i . z_j / tau): exp2 is three times as fast on
+# some CPUs. A strip holds the powers 2^(s_ij - c), with one shift c for all. If every log sum lies near c, as it nearly
+# always does, no power that counts has overflowed or vanished. If not, the log sums are taken again, from whole rows of
+# scores, each with a maximum of its own.
 
 ROWS = 256  # anchors in a strip, eight times as many on an accelerator
 COLUMNS = 8192  # of the contrast set in a strip: wider ones leave a CPU's cache
-NEAR = 80  # where half the log sums differ by less, powers of 2 of the differences keep well within float32
-KEPT = 2**24  # scores that are kept for the backward at most; where there are more, it computes the strips again
+KEPT = 2**24  # powers that are kept for the backward at most; where there are more, it computes the strips again
+NEAR = 80  # powers that float32 cannot hold are below 2^-126, and so below 2^-46 of any sum above 2^-80
 
 def _from_strips(variant, a, b, y_a, y_b, own):
     """As _from_scores, from rows whose products are the scores."""
     a = a * math.log(2) ** -0.5
     b = None if b is None else b * math.log(2) ** -0.5
+    rows = (a if b is None else b)[:, : None if variant == "out" else 0]  # L_in needs their weights alone
     if y_a.ndim == 1:
         y_a, y_b = _number_classes(torch.cat([y_a, y_b])).split([len(y_a), len(y_b)])
-    log_sum = _LogSumExp.apply(a, b, *((None, None) if variant == "out" else (y_a, y_b)), own)
-    rows = a if b is None else b
-    sums, weight = _positive_sums(rows if variant == "out" else rows[:, :0], y_a, y_b, own)
+        sums, weight = _sums_by_label(rows, y_a, y_b, own)
+    else:
+        sums, weight = _sums_by_probability(rows, y_a, y_b, own)
     valid = weight != 0
     weight = weight.where(valid, 1)
-    of_positives = (a * sums).sum(1) / weight if variant == "out" else log_sum[1] - weight.log2()
+    if variant == "out":
+        log_sum = _LogSumExp.apply(a, b, None, None, None, own)
+        of_positives = (a * sums).sum(1) / weight
+    else:
+        log_sum = _LogSumExp.apply(a, b, y_a, y_b, valid, own)
+        of_positives = log_sum[1] - weight.log2()
     return math.log(2) * (log_sum[0] - of_positives).where(valid, 0), valid
 
 def _number_classes(y):
@@ -576,104 +587,145 @@ def _number_classes(y):
     numbers = F.pad((y[1:] != y[:-1]).cumsum(0), (1, 0))
     return torch.empty_like(order).scatter(0, order, numbers).int()
 
-def _positive_sums(rows, y_a, y_b, own):
+def _sums_by_label(rows, y_a, y_b, own):
     """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums of the classes, less the pair (i, own + i)."""
-    wide = torch.float32 if rows.device.type == "mps" else torch.float64  # thousands of rows are added up
-    dtype, rows = rows.dtype, F.pad(rows, (0, 1), value=1)
-    if y_a.ndim == 2:
-        rows, y_a, y_b = rows.to(wide), y_a.to(wide), y_b.to(wide)  # a small overlap of classes is a difference
-        sums = _Scores.apply(y_a, _Scores.apply(rows.T, y_b.T, None), None)
-    else:
-        known = not torch.compiler.is_compiling() and rows.device.type == "cpu"  # a look at it waits for a GPU
-        count = 1 + int(torch.maximum(y_a.max(), y_b.max())) if known else len(y_a) + len(y_b)
-        of_classes = rows.new_zeros(count, rows.shape[1], dtype=wide).index_add(0, y_b, rows.to(wide))
-        sums = of_classes.index_select(0, y_a).to(dtype)
+    sums = _ClassSums.apply(rows, y_a, y_b)
+    weight = _class_sums(rows.new_ones(len(rows), 1), y_a, y_b).squeeze(1)
     if own is not None:
         mine = slice(own, own + len(y_a))
-        itself = (y_a * y_b[mine] if y_a.ndim == 2 else (y_a == y_b[mine])[:, None]).sum(1, keepdim=True)
-        sums = sums - itself * rows[mine]
-        remains = (1e-6 if wide == torch.float32 else 1e-12) * itself  # of rounding, where nothing else has weight
-        sums = sums.masked_fill(sums[:, -1:] <= remains, 0)
-    return sums[:, :-1].to(dtype), sums[:, -1].detach().to(dtype)
+        itself = (y_a == y_b[mine]).to(rows.dtype)
+        sums = sums - itself[:, None] * rows[mine]
+        weight = weight - itself
+    return sums, weight
 
-class _LogSumExp(torch.autograd.Function):
-    """log2 of sum_j 2^s_ij over A(i) and, given y, of sum_j w_ij 2^s_ij over P(i): (1 or 2, M), -inf for no sum."""
+def _sums_by_probability(rows, y_a, y_b, own):
+    """As _sums_by_label; a small overlap of classes is a difference of large numbers."""
+    dtype, wide = rows.dtype, _wide(rows)
+    rows, y_a, y_b = rows.to(wide), y_a.to(wide), y_b.to(wide)
+    sums = _Scores.apply(y_a, _Scores.apply(rows.T, y_b.T, None), None)
+    weight = _product(y_a, y_b.sum(0)[:, None]).squeeze(1)
+    if own is not None:
+        mine = slice(own, own + len(y_a))
+        itself = (y_a * y_b[mine]).sum(1)
+        weight = weight - itself
+        alone = weight <= (1e-6 if wide == torch.float32 else 1e-12) * itself  # what is left is rounding
+        weight = weight.masked_fill(alone, 0)
+        sums = (sums - itself[:, None] * rows[mine]).masked_fill(alone[:, None], 0)
+    return sums.to(dtype), weight.to(dtype)
+
+class _ClassSums(torch.autograd.Function):
+    """Of each anchor the sum of the rows with its label, (M, D). The gradient is the same with exchanged roles."""
 
     @staticmethod
-    def forward(ctx, a, b, y_a, y_b, own):
+    def forward(ctx, rows, y_a, y_b):
+        ctx.save_for_backward(y_a, y_b)
+        return _class_sums(rows, y_a, y_b)
+
+    @staticmethod
+    def backward(ctx, G):
+        y_a, y_b = ctx.saved_tensors
+        return _class_sums(G, y_b, y_a), None, None
+
+def _class_sums(rows, y_a, y_b):
+    known = not torch.compiler.is_compiling() and rows.device.type == "cpu"  # a look at it waits for a GPU
+    count = 1 + int(torch.maximum(y_a.max(), y_b.max())) if known else len(y_a) + len(y_b)
+    of_classes = rows.new_zeros(count, rows.shape[1], dtype=_wide(rows)).index_add(0, y_b, rows.to(_wide(rows)))
+    return of_classes.to(rows.dtype).index_select(0, y_a)
+
+def _wide(rows):
+    """The type in which thousands of rows are added up."""
+    return torch.float32 if rows.device.type == "mps" else torch.float64
+
+class _LogSumExp(torch.autograd.Function):
+    """log2 of sum_j 2^s_ij over A(i) and, given y, of sum_j w_ij 2^s_ij over P(i): (1 or 2, M), -inf for no sum.
+    valid (M,) tells, given y, which anchors have a positive."""
+
+    @staticmethod
+    def forward(ctx, a, b, y_a, y_b, valid, own):
         few = len(a) * (len(a) // 2 if b is None else len(b)) <= KEPT
         keep = few and any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
-        log_sum, small, *kept = _log_sums(a, b, y_a, y_b, own, keep)
-        ctx.save_for_backward(a, b, y_a, y_b, log_sum, small, *kept)
+        log_sum, shift, near, *kept = _log_sums(a, b, y_a, y_b, valid, own, keep)
+        ctx.save_for_backward(a, b, y_a, y_b, log_sum, shift, near, *kept)
         ctx.own = own
         return log_sum
 
     @staticmethod
     def backward(ctx, slope):
-        a, b, y_a, y_b, log_sum, small, *kept = ctx.saved_tensors
-        grads = _log_sums_grad(a, b, y_a, y_b, ctx.own, slope, log_sum, small, kept, ctx.needs_input_grad[1])
-        return *grads, *[None] * (5 - len(grads))
+        *saved, log_sum, shift, near = ctx.saved_tensors[:7]
+        kept, of_b = ctx.saved_tensors[7:], ctx.needs_input_grad[1]
+        grads = _log_sums_grad(*saved, ctx.own, slope, log_sum, shift, near, kept, of_b)
+        return *grads, *[None] * (6 - len(grads))
 
-@_exact_op(lambda a, b, y_a, *rest: [a.new_empty(1 if y_a is None else 2, len(a)), torch.empty((), dtype=torch.bool)])
-def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | None, own: int | None,
-              keep: bool) -> list[Tensor]:
-    """[log_sum, whether _are_small, and the strips if the backward is to have them]"""
-    small = _are_small(a, b, y_a)
+@_exact_op(lambda a, b, y_a, *rest: [a.new_empty(1 if y_a is None else 2, len(a)), a.new_empty(()),
+                                       torch.empty((), dtype=torch.bool)])
+def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | None, valid: Tensor | None,
+              own: int | None, keep: bool) -> list[Tensor]:
+    """[log_sum, the shift, whether it served, and the strips if the backward is to have them]"""
+    shift = _guess_shift(a, b, own)
+    sums = a.new_zeros(1 if y_a is None else 2, len(a))
     kept = []
-    log_sum = a.new_full((1 if y_a is None else 2, len(a)), -torch.inf)
-    for I, J, later, s in _strips(a, b, own, small, keep):
-        for total, part in zip(log_sum, _parts(s, I, J, y_a, y_b, small)):
-            total[I] = total[I].logaddexp2(_log_sum(part, 1, small))
+    for I, J, later, powers in _strips(a, b, own, shift, keep):
+        parts = [powers] if y_a is None else [powers, powers * _weights(y_a[I], y_b[J])]
+        for total, part in zip(sums, parts):
+            total[I] += part.sum(1)
             if b is None:
-                mirror = part[:, later.start - J.start :]
-                total[later] = total[later].logaddexp2(_log_sum(mirror, 0, small))
+                total[later] += part[:, later.start - J.start :].sum(0)
         if keep:
-            kept.append(s)
-    return [log_sum, torch.tensor(small), *kept]
+            kept.append(powers)
+    log_sum = sums.log2() + shift
+    near = _are_near(log_sum, shift, valid)
+    if not near:
+        kept = []
+        for I, parts in _score_rows(a, b, y_a, y_b, own):
+            for k, s in enumerate(parts):
+                log_sum[k, I] = (s * math.log(2)).logsumexp(1) / math.log(2)
+    return [log_sum, shift, torch.tensor(near), *kept]
+
+def _guess_shift(a, b, own):
+    """A shift near the log sums: the median of some anchors' largest scores."""
+    return _fill(a[:64] @ (a if b is None else b).T, own, -torch.inf).amax(1).median()
+
+def _are_near(log_sum, shift, valid):
+    near = (log_sum - shift).abs() < NEAR
+    if valid is not None:
+        near[1] |= ~valid
+    return bool(near.all())
 
 @_exact_op(lambda a, b, *rest: [torch.empty_like(x) for x in (a, b)[: 1 + rest[-1]]])
 def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | None, own: int | None,
-                   slope: Tensor, log_sum: Tensor, small: Tensor, kept: list[Tensor], of_b: bool) -> list[Tensor]:
+                   slope: Tensor, log_sum: Tensor, shift: Tensor, near: Tensor, kept: list[Tensor],
+                   of_b: bool) -> list[Tensor]:
     """[the gradient in a, and in b if of_b], from slope, that in log_sum: dL/ds_ij = slope_i 2^(s_ij - log_sum_i)."""
-    small = bool(small)
-    half = log_sum[0] / 2  # s_ij <= log_sum_i and s_ij <= log_sum_j, so s_ij - half_i - half_j <= 0
-    near = b is None and y_a is None and not small and bool(half.max() - half.min() < NEAR)
-    if near:
-        middle = (half.max() + half.min()) / 2
-        down, up = slope[0] * torch.exp2(middle - half), torch.exp2(half - middle)
-    log_sum = log_sum.masked_fill(slope == 0, torch.inf)  # -inf for an anchor left out, and -inf - -inf is nan
-    factor = slope * torch.exp2(-log_sum) if small else slope
+    contrast = a if b is None else b
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
+    log_sum = log_sum.masked_fill(slope == 0, torch.inf)  # -inf for an anchor left out, and -inf - -inf is nan
+    if not near:
+        for I, parts in _score_rows(a, b, y_a, y_b, own):
+            G = sum(slope[k][I, None] * torch.exp2(s - log_sum[k][I, None]) for k, s in enumerate(parts))
+            grads[0][I].addmm_(G, contrast)
+            if b is None or of_b:
+                grads[-1].addmm_(G.T, a[I])
+        return grads
+    f = slope * torch.exp2(shift - log_sum)
+    f_of_J = f if b is None else f.new_zeros(len(f), len(b))  # only rows of `a` are anchors
     room_of_G, room = a.new_empty(0), a.new_empty(0)
-    for I, J, later, s in _strips(a, b, own, small, kept=kept):
-        anchors = ((I, None), J) if b is None else ((I, None),)  # rows of s, or columns
-        G = room_of_G.resize_(s.shape)  # dL/ds_ij, and dL/ds_ji as well where s_ij stands for both
-        if near:  # slope_i 2^(s - log_sum_i) + slope_j 2^(s - log_sum_j), with one power of 2 for both
-            power = torch.sub(s, half[I, None], out=room.resize_(s.shape)).sub_(half[J]).exp2_()
-            torch.mm(torch.stack([down[I], up[I]], 1), torch.stack([up[J], down[J]]), out=G).mul_(power)
-        else:
-            parts = _parts(s, I, J, y_a, y_b, small)
-            _add_softmaxes(G.zero_(), parts, anchors, None if small else log_sum, factor, room)
-        grads[0][I].addmm_(G, (a if b is None else b)[J])
+    for I, J, later, powers in _strips(a, b, own, shift, kept=kept):
+        G = torch.add(f[0][I, None], f_of_J[0][J], out=room_of_G.resize_(powers.shape))
+        if y_a is not None:
+            of_positives = torch.add(f[1][I, None], f_of_J[1][J], out=room.resize_(powers.shape))
+            G.add_(of_positives.mul_(_weights(y_a[I], y_b[J])))
+        G.mul_(powers)  # dL/ds_ij, and dL/ds_ji as well where s_ij stands for both
+        grads[0][I].addmm_(G, contrast[J])
         if b is None:
             grads[0][later].addmm_(G[:, later.start - J.start :].T, a[I])
         elif of_b:
             grads[1][J].addmm_(G.T, a[I])
     return grads
 
-def _add_softmaxes(G, parts, anchors, log_sum, factor, room):
-    """Adds factor_i 2^(s_ij - log_sum_i) to G for each part and all anchors. Without log_sum a part is 2^s_ij."""
-    for k, part in enumerate(parts):
-        for K in anchors:
-            softmax = part  # without log_sum, up to what is in factor
-            if log_sum is not None:
-                softmax = torch.sub(part, log_sum[k][K], out=room.resize_(part.shape)).exp2_()
-            G.addcmul_(softmax, factor[k][K])
-
-def _strips(a, b, own, small, keep=False, kept=()):
-    """Yields (I, J, later, s): anchors; some of their columns; those of J that come after I; and s_ij between I and J,
-    or 2^s_ij if small, with -inf or 0 for j = own + i. One strip overwrites another unless keep. They are taken from
-    kept, unless that is empty."""
+def _strips(a, b, own, shift, keep=False, kept=()):
+    """Yields (I, J, later, powers): anchors; some of their columns; those of J that come after I; 2^(s_ij - shift)
+    between I and J, 0 for j = own + i. One strip overwrites another unless keep. They are taken from kept, unless that
+    is empty."""
     rows_of_b = a if b is None else b
     rows = ROWS if a.device.type == "cpu" else 8 * ROWS
     room, kept = a.new_empty(0), iter(kept)
@@ -685,25 +737,13 @@ def _strips(a, b, own, small, keep=False, kept=()):
             s = next(kept, None)
             if s is None:
                 s = torch.mm(a[I], rows_of_b[J].T, out=None if keep else room.resize_(I.stop - i, J.stop - j))
-                s = _fill(s, None if own is None else own + i - j, -torch.inf)
-                s = s.exp2_() if small else s
+                s = _fill(s.sub_(shift).exp2_(), None if own is None else own + i - j, 0)
             yield I, J, later, s
 
-def _are_small(a, b, y_a):
-    """Whether |s_ij| < 60 by Cauchy and Schwarz, so that 2^s_ij can be added up without taking a maximum off."""
-    longest = a.norm(dim=1).amax() * (a if b is None else b).norm(dim=1).amax()
-    return (y_a is None or y_a.ndim == 1) and bool(longest < 60)  # a w_ij below 1 may be as small as it likes
-
-def _parts(s, I, J, y_a, y_b, small):
-    """[s over A(i), and given y s over P(i) with its weights]: what a part leaves out adds nothing to a sum of 2^s."""
-    if y_a is None:
-        return [s]
-    w = _weights(y_a[I], y_b[J])
-    return [s, s.where(w, 0 if small else -torch.inf) if w.dtype == torch.bool else s + w.log2()]
-
-def _log_sum(s, axis, small):
-    """log2 of the sum of 2^s along an axis; if small, s is 2^s already."""
-    if small:
-        return s.sum(axis).log2()
-    top = s.amax(axis, keepdim=True).clamp(min=ABSENT)  # -inf - -inf would be nan
-    return (s - top).exp2_().sum(axis).log2() + top.squeeze(axis)
+def _score_rows(a, b, y_a, y_b, own):
+    """Yields (I, [s_ij, and given y s_ij + log2 w_ij]) of anchors I and the whole contrast set, -inf where no pair."""
+    b = a if b is None else b
+    for i in range(0, len(a), ROWS):
+        I = slice(i, i + ROWS)
+        s = _fill(a[I] @ b.T, None if own is None else own + i, -torch.inf)
+        yield I, [s] if y_a is None else [s, s + _weights(y_a[I], y_b).to(s.dtype).log2()]

@@ -227,7 +227,7 @@ def compare_losses():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         memory = rows_of(5, 1, 4).to(dtype)
         given = [rows_of(8, 2, 4).to(dtype), y, tau, 0.8 * F.one_hot(y) + 0.1, memory, y[:5]]
-        for form in ((None,), (5, True), (5, False)):
+        for form in ((None,), (5, True), (5, False), (5, False, False)):
             with strips_of(*form):
                 expected = values_and_gradients(*given[:4], (memory, y[:5]))
                 with imitated():

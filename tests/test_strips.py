@@ -27,18 +27,18 @@ from test_losses import CASES, EPS, ROUNDINGS, Case, actual, check_value_and_gra
 from test_losses import grad_bound, leaves, rows_of, value_bound
 
 heights = st.integers(1, 9)
-keeps = st.booleans()
+keeps = nears = st.booleans()
 
 
 @contextlib.contextmanager
-def strips_of(rows, kept=True):
-    """Strips of `rows` anchors and two more columns for every batch, kept for the backward or computed again; None for
-    the matrix form."""
-    before = {name: getattr(losses, name) for name in ("ROWS", "COLUMNS", "KEPT", "MATRIX")}
+def strips_of(rows, kept=True, near=True):
+    """Strips of `rows` anchors and two more columns for every batch, kept for the backward or computed again, or unless
+    near whole rows, as where log sums lie far from the shift; None for the matrix form."""
+    before = {name: getattr(losses, name) for name in ("ROWS", "COLUMNS", "KEPT", "NEAR", "MATRIX")}
     try:
         if rows:
             losses.ROWS, losses.COLUMNS = rows, rows + 2
-            losses.KEPT, losses.MATRIX = kept * losses.KEPT, 0
+            losses.KEPT, losses.NEAR, losses.MATRIX = kept * losses.KEPT, near * losses.NEAR, 0
         else:
             losses.MATRIX = math.inf
         yield
@@ -47,7 +47,8 @@ def strips_of(rows, kept=True):
             setattr(losses, name, value)
 
 
-forms = pytest.mark.parametrize("form", [(None,), (5, True), (5, False)], ids=["matrix", "kept strips", "strips"])
+FORMS = {"matrix": (None,), "kept strips": (5, True), "strips": (5, False), "whole rows": (5, False, False)}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 def value_and_grads(case, b, form, dtype=torch.float64):
@@ -92,7 +93,7 @@ def test_value_and_gradient_are_the_oracles_at_every_height(case, dtype, data):
     b = b._replace(z=torch.tensor(b.z).to(dtype).double().numpy())
     assume(overlaps(b.y))
     value = expected(case, b)
-    loss, grads = value_and_grads(case, b, (data.draw(heights), data.draw(keeps)), dtype)
+    loss, grads = value_and_grads(case, b, (data.draw(heights), data.draw(keeps), data.draw(nears)), dtype)
     assert loss.dtype == dtype
     assert abs(loss.item() - value) <= value_bound(value, case, b, EPS[dtype])
     for grad, exact in zip(grads, expected_grads(case, b), strict=True):
@@ -132,7 +133,7 @@ def test_anchors_against_another_set_are_the_oracles_with_gradients_on_the_sides
     case = Case("supcon_out")
     wanted = data.draw(st.sampled_from([(True, True), (True, False), (False, True)]))
     rows = [torch.tensor(x.copy(), requires_grad=side) for x, side in zip((z, b.z), wanted)]
-    with strips_of(data.draw(st.none() | heights), data.draw(keeps)):
+    with strips_of(data.draw(st.none() | heights), data.draw(keeps), data.draw(nears)):
         loss = losses.supcon_against(rows[0], torch.tensor(y), rows[1], torch.tensor(b.y), b.tau, **options)
         loss.backward()
     assert abs(loss.item() - exact) <= value_bound(exact, case, b, EPS[torch.float64])
@@ -400,7 +401,7 @@ def test_a_tensor_tau_learns_through_strips(case, data):
     b = data.draw(case.batches)
     b = b._replace(tau=max(b.tau, 0.1), z=b.z / own.MAX_NORM)
     tau, h = torch.tensor(b.tau, dtype=torch.float64, requires_grad=True), 1e-5 * b.tau
-    with strips_of(data.draw(heights), data.draw(keeps)):
+    with strips_of(data.draw(heights), data.draw(keeps), data.draw(nears)):
         grad = torch.autograd.grad(actual(case, b._replace(tau=tau), leaves(case, b)), tau)[0].item()
     ahead, behind = (expected(case, b._replace(tau=b.tau + step)) for step in (h, -h))
     assert grad == pytest.approx((ahead - behind) / (2 * h), abs=1e-6 / b.tau)
@@ -431,21 +432,27 @@ def test_no_matrix_of_all_scores_is_kept_for_the_backward():
         assert 0 < sum(kept.values()) <= 10 * z.numel() * 8  # N x N would be 50
 
 
-@pytest.mark.parametrize("norm", [1, 8])
-def test_gradients_hold_whether_log_sums_are_near_or_far(norm):
-    """At tau 0.01 the log sums of unit rows differ by less than 160; those of rows of norm 1 and of 8 by more."""
+@pytest.mark.parametrize("norm", [1, 1.3, 1.6, 2, 8])
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_gradients_hold_whether_log_sums_are_near_or_far(variant, norm, monkeypatch):
+    """At tau 0.01 one shift serves all unit rows; it does not serve rows of norm 1 and of norm 8 at once."""
     z = rows_of(30, 2, 16).double().clone()
     z[::2] *= norm
     y = torch.arange(20).repeat(3) % 7
     y[-1] = 9  # an anchor without a positive is a contrast of the others
-    log_sums = (z @ z.T / 0.01).fill_diagonal_(-math.inf).logsumexp(1) / math.log(2)
-    assert (log_sums.max() - log_sums.min() < 160) == (norm == 1)
-    grads = []
+    values, grads, ways = [], [], []
+    score_rows = losses._score_rows
+    monkeypatch.setattr(losses, "_score_rows", lambda *rows: ways.append("whole rows") or score_rows(*rows))
     for dtype, height in ((torch.double, None), (torch.float, 8)):
         rows = z.to(dtype).requires_grad_()
         with strips_of(height):
-            grads.append(torch.autograd.grad(losses.supcon_out(rows, y, 0.01), rows)[0].double())
-    scale = 100 * max(1, norm) ** 2
+            loss = getattr(losses, f"supcon_{variant}")(rows, y, 0.01)
+            values.append(loss.double())
+            grads.append(torch.autograd.grad(loss, rows)[0].double())
+    if norm in (1, 8):
+        assert ways == {1: [], 8: ["whole rows", "whole rows"]}[norm]  # one of them in the backward
+    scale = 100 * norm**2
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-6 * scale)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6 * scale)
 
 
