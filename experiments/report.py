@@ -1,4 +1,4 @@
-"""Tables and pictures of what the experiments found, and the table of claims in the README.
+"""Tables and pictures of what the experiments found, and the table of the papers' claims.
 
     python experiments/report.py        reads results/experiments/*.jsonl, and writes *.md, *.png and claims.md there
 """
