@@ -36,9 +36,9 @@ def compare_flops():
 
     rates = {"tflops": 1.0, "tflops_float32": 1.0, "bandwidth": 1.0, "nvlink": 1.0, "network": 8.0, "launch": 0.0}
     gpu = SimpleNamespace(memory=1.0, **rates)
-    M, N = 2048, 8192  # scores, and from them two gradients: they are kept
-    assert loss(gpu, N, M).flops == 3 * 2 * M * N * D
-    assert loss(gpu, 2 * N, M).flops == 4 * 2 * M * (2 * N) * D  # too many to be kept: counted twice
+    M, N, few = 2048, 8192, 64  # the scores of a few anchors; all scores, and from them two gradients: they are kept
+    assert loss(gpu, N, M).flops == 2 * few * N * D + 3 * 2 * M * N * D
+    assert loss(gpu, 2 * N, M).flops == 2 * few * (2 * N) * D + 4 * 2 * M * (2 * N) * D  # too many to be kept: twice
     views, (there, weights) = 8, encoding(gpu, 8, 224)
     first, _ = encoding(gpu, 8, 224, graph=False)
     assert first.flops == pytest.approx(2 * 4.09e9 * views, rel=0.01)  # torchvision says 4.09 billion products
