@@ -637,30 +637,30 @@ def _wide(rows):
     return torch.float32 if rows.device.type == "mps" else torch.float64
 
 class _LogSumExp(torch.autograd.Function):
-    """log2 of sum_j 2^s_ij over A(i) and, given y, of sum_j w_ij 2^s_ij over P(i): (1 or 2, M), -inf for no sum.
-    valid (M,) tells, given y, which anchors have a positive."""
+    """log2 of sum_j 2^s_ij over A(i) and, given y, of sum_j w_ij 2^s_ij over P(i): (1 or 2, M), -inf or ABSENT for no
+    sum. valid (M,) tells, given y, which anchors have a positive."""
 
     @staticmethod
     def forward(ctx, a, b, y_a, y_b, valid, own):
         few = len(a) * (len(a) // 2 if b is None else len(b)) <= KEPT
         keep = few and any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
-        log_sum, shift, near, *kept = _log_sums(a, b, y_a, y_b, valid, own, keep)
-        ctx.save_for_backward(a, b, y_a, y_b, log_sum, shift, near, *kept)
+        log_sum, *saved = _log_sums(a, b, y_a, y_b, valid, own, keep)
+        ctx.save_for_backward(a, b, y_a, y_b, *saved)
         ctx.own = own
         return log_sum
 
     @staticmethod
     def backward(ctx, slope):
-        *saved, log_sum, shift, near = ctx.saved_tensors[:7]
-        kept, of_b = ctx.saved_tensors[7:], ctx.needs_input_grad[1]
-        grads = _log_sums_grad(*saved, ctx.own, slope, log_sum, shift, near, kept, of_b)
+        a, b, y_a, y_b, sums, shift, near, *kept = ctx.saved_tensors  # read once: checkpointing forbids a second time
+        of_b = ctx.needs_input_grad[1]
+        grads = _log_sums_grad(a, b, y_a, y_b, ctx.own, slope, sums, shift, near, kept, of_b)
         return *grads, *[None] * (6 - len(grads))
 
-@_exact_op(lambda a, b, y_a, *rest: [a.new_empty(1 if y_a is None else 2, len(a)), a.new_empty(()),
-                                       torch.empty((), dtype=torch.bool)])
+@_exact_op(lambda a, b, y_a, *rest: [*a.new_empty(2, 1 if y_a is None else 2, len(a)).unbind(), a.new_empty(()),
+                                     torch.empty((), dtype=torch.bool)])
 def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | None, valid: Tensor | None,
               own: int | None, keep: bool) -> list[Tensor]:
-    """[log_sum, the shift, whether it served, and the strips if the backward is to have them]"""
+    """[log_sum, the sums of powers, their shift, whether it served, and the strips if the backward is to have them]"""
     shift = _guess_shift(a, b, own)
     sums = a.new_zeros(1 if y_a is None else 2, len(a))
     kept = []
@@ -678,8 +678,9 @@ def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | Non
         kept = []
         for I, parts in _score_rows(a, b, y_a, y_b, own):
             for k, s in enumerate(parts):
-                log_sum[k, I] = (s * math.log(2)).logsumexp(1) / math.log(2)
-    return [log_sum, shift, torch.tensor(near), *kept]
+                top = s.amax(1, keepdim=True)
+                log_sum[k, I] = (s - top).exp2_().sum(1).log2() + top.squeeze(1)
+    return [log_sum, sums, shift, torch.tensor(near), *kept]
 
 def _guess_shift(a, b, own):
     """A shift near the log sums: the median of some anchors' largest scores."""
@@ -693,20 +694,20 @@ def _are_near(log_sum, shift, valid):
 
 @_exact_op(lambda a, b, *rest: [torch.empty_like(x) for x in (a, b)[: 1 + rest[-1]]])
 def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | None, own: int | None,
-                   slope: Tensor, log_sum: Tensor, shift: Tensor, near: Tensor, kept: list[Tensor],
+                   slope: Tensor, sums: Tensor, shift: Tensor, near: Tensor, kept: list[Tensor],
                    of_b: bool) -> list[Tensor]:
     """[the gradient in a, and in b if of_b], from slope, that in log_sum: dL/ds_ij = slope_i 2^(s_ij - log_sum_i)."""
     contrast = a if b is None else b
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
-    log_sum = log_sum.masked_fill(slope == 0, torch.inf)  # -inf for an anchor left out, and -inf - -inf is nan
     if not near:
         for I, parts in _score_rows(a, b, y_a, y_b, own):
-            G = sum(slope[k][I, None] * torch.exp2(s - log_sum[k][I, None]) for k, s in enumerate(parts))
+            # Each row's own softmax: log_sum is rounded by more than 1 where scores are large.
+            G = sum(slope[k][I, None] * (s * math.log(2)).softmax(1) for k, s in enumerate(parts))
             grads[0][I].addmm_(G, contrast)
             if b is None or of_b:
                 grads[-1].addmm_(G.T, a[I])
         return grads
-    f = slope * torch.exp2(shift - log_sum)
+    f = slope / sums.where(slope != 0, 1)  # times a power it is slope_i 2^(s_ij - log_sum_i)
     f_of_J = f if b is None else f.new_zeros(len(f), len(b))  # only rows of `a` are anchors
     room_of_G, room = a.new_empty(0), a.new_empty(0)
     for I, J, later, powers in _strips(a, b, own, shift, kept=kept):
@@ -741,9 +742,10 @@ def _strips(a, b, own, shift, keep=False, kept=()):
             yield I, J, later, s
 
 def _score_rows(a, b, y_a, y_b, own):
-    """Yields (I, [s_ij, and given y s_ij + log2 w_ij]) of anchors I and the whole contrast set, -inf where no pair."""
+    """Yields (I, [s_ij, and given y s_ij + log2 w_ij]): anchors and the whole contrast set, ABSENT where no pair."""
     b = a if b is None else b
     for i in range(0, len(a), ROWS):
         I = slice(i, i + ROWS)
         s = _fill(a[I] @ b.T, None if own is None else own + i, -torch.inf)
-        yield I, [s] if y_a is None else [s, s + _weights(y_a[I], y_b).to(s.dtype).log2()]
+        parts = [s] if y_a is None else [s, s + _weights(y_a[I], y_b).to(s.dtype).log2()]
+        yield I, [part.clamp(min=ABSENT) for part in parts]  # the softmax of a row of -inf would be nan

@@ -456,6 +456,37 @@ def test_gradients_hold_whether_log_sums_are_near_or_far(variant, norm, monkeypa
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("own_set", [True, False], ids=["own rows", "another set"])
+@pytest.mark.parametrize("size", [10, 100, 1e4])
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_gradients_in_float32_hold_at_scores_of_any_size(variant, size, own_set):
+    """A log sum of 1e8 is rounded to a multiple of 8: its softmax must not be taken from it."""
+    z = (size * rows_of(41, 1, 5)).float()
+    z[-1] /= 10
+    y, grads = torch.arange(41) % 9, []
+    y[-1] = 9  # has no positive
+    for dtype, height in ((torch.double, None), (torch.float, 8)):
+        rows = z.to(dtype).requires_grad_()
+        with strips_of(height):
+            if own_set:
+                loss = getattr(losses, f"supcon_{variant}")(rows, y, 1.0)
+            else:
+                loss = losses.supcon_against(rows, y, rows.flip(0), y.flip(0), 1.0, variant=variant)
+            grads.append(torch.autograd.grad(loss, rows)[0].double())
+    assert (grads[1] - grads[0]).norm() <= 1e-4 * grads[0].norm()
+
+
+@forms
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_losses_may_be_checkpointed(variant, form):
+    z, y = rows_of(12, 2, 4).requires_grad_(), torch.arange(24) % 12 % 3
+    loss = getattr(losses, f"supcon_{variant}")
+    with strips_of(*form):
+        plain = torch.autograd.grad(loss(z, y), z)[0]
+        again = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, z, y, use_reentrant=False), z)[0]
+    torch.testing.assert_close(again, plain)
+
+
 def test_probabilities_with_tiny_overlaps_count_in_strips_too():
     """Overlaps of 1e-9 beside an own product of 1: exact arithmetic has them all count."""
     N, e = 40, 1e-9
