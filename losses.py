@@ -547,25 +547,27 @@ class _Scores(torch.autograd.Function):
 #   L_out,i = lse_{a in A(i)} s_ia/tau  -  mean_{p in P(i)} s_ip/tau
 #   L_in,i  = lse_{a in A(i)} s_ia/tau  -  lse_{p in P(i)} s_ip/tau  +  log |P(i)|
 #
-# The mean needs no scores: it is z_i . c_i / tau, c_i the mean of the rows P(i), from the sums of the classes. The sums
-# of exp go over strips, blocks of anchors against columns of the contrast set. Where the anchors are the contrast set,
-# s_ij = s_ji: a block's strips begin at its own rows, and what lies right of these is its mirror below as well.
+# lse is the log of the sum of exp. The mean needs no scores: it is z_i . c_i / tau, where c_i is the mean of the rows
+# P(i), which comes from the sums of the classes. The sums of exp go over strips. A strip is a block of anchors against
+# some columns of the contrast set. Where the anchors are the contrast set, s_ij = s_ji: the strips of a block begin at
+# the block's own rows, and a score to the right of these counts for both of its anchors, i and j.
 #
 # From here on s_ij is z_i . z_j / (tau log 2), so that 2^s_ij is exp(z_i . z_j / tau): exp2 is three times as fast on
-# some CPUs. A strip holds the powers 2^(s_ij - c), with one shift c for all. If every log sum lies near c, as it nearly
-# always does, no power that counts has overflowed or vanished. If not, the log sums are taken again, from whole rows of
-# scores, each with a maximum of its own.
+# some CPUs. An anchor's log sum is log2 of its sum of 2^s_ij. A strip holds the powers 2^(s_ij - c), with one shift c
+# for all. If every log sum lies within NEAR of c, as it nearly always does, no power that counts has overflowed or
+# vanished. If not, the log sums are taken again from whole rows of scores, less each row's own maximum.
 
 ROWS = 256  # anchors in a strip, eight times as many on an accelerator
 COLUMNS = 8192  # of the contrast set in a strip: wider ones leave a CPU's cache
-KEPT = 2**24  # powers that are kept for the backward at most; where there are more, it computes the strips again
-NEAR = 80  # powers that float32 cannot hold are below 2^-126, and so below 2^-46 of any sum above 2^-80
+KEPT = 2**24  # at most so many powers are kept for the backward; where there are more, it computes the strips again
+NEAR = 80  # of a sum in 2^-80 ... 2^80, float32 loses only powers below 2^-126, and these are below 2^-46 of the sum
 
 def _from_strips(variant, a, b, y_a, y_b, own):
     """As _from_scores, from rows whose products are the scores."""
     a = a * math.log(2) ** -0.5
     b = None if b is None else b * math.log(2) ** -0.5
-    rows = (a if b is None else b)[:, : None if variant == "out" else 0]  # L_in needs their weights alone
+    contrast = a if b is None else b
+    rows = contrast if variant == "out" else contrast[:, :0]  # L_in needs the weights of the positives alone
     if y_a.ndim == 1:
         y_a, y_b = _number_classes(torch.cat([y_a, y_b])).split([len(y_a), len(y_b)])
         sums, weight = _sums_by_label(rows, y_a, y_b, own)
@@ -599,7 +601,7 @@ def _sums_by_label(rows, y_a, y_b, own):
     return sums, weight
 
 def _sums_by_probability(rows, y_a, y_b, own):
-    """As _sums_by_label; a small overlap of classes is a difference of large numbers."""
+    """As _sums_by_label. All is in the wide type, because a small overlap is a difference of large numbers."""
     dtype, wide = rows.dtype, _wide(rows)
     rows, y_a, y_b = rows.to(wide), y_a.to(wide), y_b.to(wide)
     sums = _Scores.apply(y_a, _Scores.apply(rows.T, y_b.T, None), None)
@@ -614,7 +616,7 @@ def _sums_by_probability(rows, y_a, y_b, own):
     return sums.to(dtype), weight.to(dtype)
 
 class _ClassSums(torch.autograd.Function):
-    """Of each anchor the sum of the rows with its label, (M, D). The gradient is the same with exchanged roles."""
+    """_class_sums, whose gradient is itself with y_a and y_b exchanged."""
 
     @staticmethod
     def forward(ctx, rows, y_a, y_b):
@@ -627,9 +629,10 @@ class _ClassSums(torch.autograd.Function):
         return _class_sums(G, y_b, y_a), None, None
 
 def _class_sums(rows, y_a, y_b):
-    known = not torch.compiler.is_compiling() and rows.device.type == "cpu"  # a look at it waits for a GPU
-    count = 1 + int(torch.maximum(y_a.max(), y_b.max())) if known else len(y_a) + len(y_b)
-    of_classes = rows.new_zeros(count, rows.shape[1], dtype=_wide(rows)).index_add(0, y_b, rows.to(_wide(rows)))
+    """For each anchor the sum of the rows with its label, (M, D)."""
+    known, wide = not torch.compiler.is_compiling() and rows.device.type == "cpu", _wide(rows)
+    count = 1 + int(torch.maximum(y_a.max(), y_b.max())) if known else len(y_a) + len(y_b)  # to read it, a GPU waits
+    of_classes = rows.new_zeros(count, rows.shape[1], dtype=wide).index_add(0, y_b, rows.to(wide))
     return of_classes.to(rows.dtype).index_select(0, y_a)
 
 def _wide(rows):
@@ -683,10 +686,12 @@ def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | Non
     return [log_sum, sums, shift, torch.tensor(near), *kept]
 
 def _guess_shift(a, b, own):
-    """A shift near the log sums: the median of some anchors' largest scores."""
-    return _fill(a[:64] @ (a if b is None else b).T, own, -torch.inf).amax(1).median()
+    """A shift near the log sums: the median of the largest scores of the first 64 anchors."""
+    contrast = a if b is None else b
+    return _fill(a[:64] @ contrast.T, own, -torch.inf).amax(1).median()
 
 def _are_near(log_sum, shift, valid):
+    """Whether the shift served: every log sum is within NEAR of it, but those of anchors without a positive."""
     near = (log_sum - shift).abs() < NEAR
     if valid is not None:
         near[1] |= ~valid
@@ -701,20 +706,20 @@ def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor 
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
     if not near:
         for I, parts in _score_rows(a, b, y_a, y_b, own):
-            # Each row's own softmax: log_sum is rounded by more than 1 where scores are large.
+            # The row's softmax, and not 2^(s - log_sum): where scores are large, log_sum is rounded by more than 1.
             G = sum(slope[k][I, None] * (s * math.log(2)).softmax(1) for k, s in enumerate(parts))
             grads[0][I].addmm_(G, contrast)
             if b is None or of_b:
                 grads[-1].addmm_(G.T, a[I])
         return grads
     f = slope / sums.where(slope != 0, 1)  # times a power it is slope_i 2^(s_ij - log_sum_i)
-    f_of_J = f if b is None else f.new_zeros(len(f), len(b))  # only rows of `a` are anchors
+    f_of_J = f if b is None else f.new_zeros(len(f), len(b))  # 0 where the columns are no anchors
     room_of_G, room = a.new_empty(0), a.new_empty(0)
     for I, J, later, powers in _strips(a, b, own, shift, kept=kept):
         G = torch.add(f[0][I, None], f_of_J[0][J], out=room_of_G.resize_(powers.shape))
         if y_a is not None:
-            of_positives = torch.add(f[1][I, None], f_of_J[1][J], out=room.resize_(powers.shape))
-            G.add_(of_positives.mul_(_weights(y_a[I], y_b[J])))
+            f_w = torch.add(f[1][I, None], f_of_J[1][J], out=room.resize_(powers.shape))
+            G.add_(f_w.mul_(_weights(y_a[I], y_b[J])))
         G.mul_(powers)  # dL/ds_ij, and dL/ds_ji as well where s_ij stands for both
         grads[0][I].addmm_(G, contrast[J])
         if b is None:
@@ -725,27 +730,27 @@ def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor 
 
 def _strips(a, b, own, shift, keep=False, kept=()):
     """Yields (I, J, later, powers): anchors; some of their columns; those of J that come after I; 2^(s_ij - shift)
-    between I and J, 0 for j = own + i. One strip overwrites another unless keep. They are taken from kept, unless that
-    is empty."""
-    rows_of_b = a if b is None else b
+    between I and J, 0 for j = own + i. Unless keep, each strip overwrites the one before. If kept is not empty, the
+    strips are taken from it."""
+    contrast = a if b is None else b
     rows = ROWS if a.device.type == "cpu" else 8 * ROWS
     room, kept = a.new_empty(0), iter(kept)
     for i in range(0, len(a), rows):
         I = slice(i, min(i + rows, len(a)))
-        for j in range(i if b is None else 0, len(rows_of_b), COLUMNS):
-            J = slice(j, min(j + COLUMNS, len(rows_of_b)))
+        for j in range(i if b is None else 0, len(contrast), COLUMNS):
+            J = slice(j, min(j + COLUMNS, len(contrast)))
             later = slice(max(I.stop, j), max(I.stop, J.stop))
-            s = next(kept, None)
-            if s is None:
-                s = torch.mm(a[I], rows_of_b[J].T, out=None if keep else room.resize_(I.stop - i, J.stop - j))
-                s = _fill(s.sub_(shift).exp2_(), None if own is None else own + i - j, 0)
-            yield I, J, later, s
+            powers = next(kept, None)
+            if powers is None:
+                s = torch.mm(a[I], contrast[J].T, out=None if keep else room.resize_(I.stop - i, J.stop - j))
+                powers = _fill(s.sub_(shift).exp2_(), None if own is None else own + i - j, 0)
+            yield I, J, later, powers
 
 def _score_rows(a, b, y_a, y_b, own):
     """Yields (I, [s_ij, and given y s_ij + log2 w_ij]): anchors and the whole contrast set, ABSENT where no pair."""
-    b = a if b is None else b
+    contrast = a if b is None else b
     for i in range(0, len(a), ROWS):
         I = slice(i, i + ROWS)
-        s = _fill(a[I] @ b.T, None if own is None else own + i, -torch.inf)
+        s = _fill(a[I] @ contrast.T, None if own is None else own + i, -torch.inf)
         parts = [s] if y_a is None else [s, s + _weights(y_a[I], y_b).to(s.dtype).log2()]
         yield I, [part.clamp(min=ABSENT) for part in parts]  # the softmax of a row of -inf would be nan

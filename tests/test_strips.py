@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import losses
 import reference_numpy as oracle
@@ -32,8 +33,8 @@ keeps = nears = st.booleans()
 
 @contextlib.contextmanager
 def strips_of(rows, kept=True, near=True):
-    """Strips of `rows` anchors and two more columns for every batch, kept for the backward or computed again, or unless
-    near whole rows, as where log sums lie far from the shift; None for the matrix form."""
+    """Every batch goes through strips of `rows` anchors and two more columns; None stands for the matrix form. The
+    strips are kept for the backward or computed again. If not near, no shift serves, and whole rows are taken."""
     before = {name: getattr(losses, name) for name in ("ROWS", "COLUMNS", "KEPT", "NEAR", "MATRIX")}
     try:
         if rows:
@@ -483,7 +484,7 @@ def test_losses_may_be_checkpointed(variant, form):
     loss = getattr(losses, f"supcon_{variant}")
     with strips_of(*form):
         plain = torch.autograd.grad(loss(z, y), z)[0]
-        again = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, z, y, use_reentrant=False), z)[0]
+        again = torch.autograd.grad(checkpoint(loss, z, y, use_reentrant=False), z)[0]
     torch.testing.assert_close(again, plain)
 
 
