@@ -73,8 +73,9 @@ def draw(plt, found):
         points = [(times, found[f"{name}, {times} x"]) for times in (1, 4) if f"{name}, {times} x" in found]
         if not points:
             continue
-        right.errorbar([x for x, _ in points], [top1(r) for _, r in points], marker="o", capsize=3, label=name,
-                       color=COLOURS[k], yerr=[max(values(r, "top1")) - min(values(r, "top1")) for _, r in points])
+        right.plot([times for times, _ in points], [top1(r) for _, r in points], color=COLOURS[k], label=name)
+        for times, results in points:
+            right.plot([times] * len(results), values(results, "top1"), "o", color=COLOURS[k])
     right.set_xticks([1, 4], ["1 x", "4 x"])
     right.set(xlabel="views encoded, in units of the search", ylabel="top-1 on the test set, %", title="all images")
     if right.lines:
