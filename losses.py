@@ -29,8 +29,8 @@ class probabilities get none. A loss that is made of scores has no second deriva
 RuntimeError. Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf
 propagate.
 
-Tried on torch 2.4, 2.7, 2.11 and 2.14. torch.compile makes one graph of a loss on the last two, several on 2.7, and
-fails on 2.4. Beneath torch.func and torch.export all scores are one matrix, and TF32 is left as it is set.
+Tried on torch 2.4, 2.7, 2.11, 2.14 and 2.15. torch.compile makes one graph of a loss on the last three, several on
+2.7, and fails on 2.4. Beneath torch.func and torch.export all scores are one matrix, and TF32 is left as it is set.
 """
 import functools
 import math
