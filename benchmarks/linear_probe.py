@@ -4,7 +4,7 @@
 
 1. The grid of twenty cells, 100 epochs each, on 50,000 x 512 made features of ten classes: seconds of the fit.
 2. End to end on the run's own training images: ours on all of them; the usual loop, one probe at the cell that ours
-   chose, on --part images through all epochs, its time scaled to all of them. Both accuracies are those on that part.
+   chose, on --part images through all epochs, its time scaled to all of them. The two are compared on that part.
 """
 
 import os
@@ -50,9 +50,8 @@ def settings(epochs):
 def made_features(n, width, classes, device):
     g = torch.Generator().manual_seed(0)
     y = torch.randint(classes, (n,), generator=g)
-    return (torch.randn(classes, width, generator=g)[y] * 0.2 + torch.randn(n, width, generator=g)).to(device), y.to(
-        device
-    )
+    r = torch.randn(classes, width, generator=g)[y] * 0.2 + torch.randn(n, width, generator=g)
+    return r.to(device), y.to(device)
 
 
 def usual_loop(frozen, train, test, cell, epochs, batch=512):
@@ -105,11 +104,8 @@ def now(device):
 def main(run, epochs, part, device):
     """Time the probe of RUN's encoder."""
     device = choose_device(device)
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-    )
+    name = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else name
     click.echo(f"{name}, torch {torch.__version__}, python {platform.python_version()}; {run}")
     r, y = made_features(50_000, 512, 10, device)
     start = now(device)
