@@ -57,8 +57,9 @@ def supcon_out(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: 
       "all"           P(i) and N(i), that is A(i): the paper; large batches hold no N x N matrix
       "one_positive"  p and N(i)
       "negatives"     N(i); an anchor without negatives is left out
-    positives_cap keeps, beside the anchor's own other `views`, at most that many positives (lowest batch index first,
-    evenly over the views); the dropped ones leave the denominator too (A sec. 11). Returns a scalar, or (N,) values.
+    positives_cap keeps the other views of the anchor's image and at most that many further positives (lowest batch
+    index first, evenly over the `views`); the dropped ones leave the denominator too (A sec. 11). Returns a scalar, or
+    (N,) values.
     """
     return _reduce(*_supcon("out", z, y, tau, denominator, positives_cap, views), reduction)
 
@@ -66,8 +67,8 @@ def supcon_in(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: s
               positives_cap: int | None = None, views: int = 2, reduction: str = "mean") -> Tensor:
     """L_in (A eq. 3): mean_i -log( 1/|P(i)| sum_{p in P(i)} exp(s_ip/tau) / D_ip ). Arguments as supcon_out.
 
-    It is never above L_out (Jensen), and equal where all positives of an anchor tie. Its gradient pulls the nearest
-    positives alone, and the paper measures it 11 points worse.
+    It is never above L_out (Jensen), and equal where all positives of an anchor tie. Its gradient pulls mainly the
+    nearest positives, and the paper measures it 11 points worse.
     """
     return _reduce(*_supcon("in", z, y, tau, denominator, positives_cap, views), reduction)
 
@@ -119,10 +120,10 @@ class SupConLoss(nn.Module):
     neither, which is NT-Xent. contrast_mode "one" takes view 0 alone as anchors. The value is multiplied by
     temperature/base_temperature, as the reference does; base_temperature=None turns that off. variant "in" is L_in.
 
-    It parts from the reference where that is wrong or nan: anchors without a positive leave the mean (the reference
-    divides by them as well); small temperatures do not underflow; and rows are L2-normalised here (normalize=False
-    turns that off), so the gradient with respect to unit leaf rows is the tangential part; parameters of a model that
-    normalises already see no difference. (Of a zero row, F.normalize's gradient is huge.)
+    It differs from the reference in three points. Anchors without a positive leave the mean; the reference divides by
+    them as well. Small temperatures do not underflow. Rows are L2-normalised here, so unit leaf rows get the tangential
+    part of the gradient alone, and a model that already normalises sees no difference; normalize=False turns that off.
+    (The gradient of F.normalize at a zero row is huge.)
     """
 
     def __init__(self, temperature: float | Tensor = 0.07, contrast_mode: str = "all",
@@ -130,8 +131,8 @@ class SupConLoss(nn.Module):
         super().__init__()
         _check_word("contrast_mode", contrast_mode, ("all", "one"))
         _check_word("variant", variant, ("out", "in"))
-        _check_tau(temperature)
-        _check_tau(1.0 if base_temperature is None else base_temperature)
+        _check_tau("temperature", temperature)
+        _check_tau("base_temperature", 1.0 if base_temperature is None else base_temperature)
         self.temperature, self.base_temperature = temperature, base_temperature
         self.contrast_mode, self.variant, self.normalize = contrast_mode, variant, normalize
 
@@ -164,8 +165,8 @@ def supcon_against(z: Tensor, y: Tensor, contrast: Tensor, y_contrast: Tensor, t
     """L_out (or L_in, variant "in") of anchors against a contrast set of their own, a memory of rows for example.
 
     z (M, D) anchors with labels y (M,); contrast (N, D) rows with y_contrast (N,); or class probabilities on both
-    sides. A(i) is the contrast set; where `own` is given its row own + i is anchor i itself and left out. Both
-    sides get gradients. `denominator` as in supcon_out. Returns a scalar, or (M,) values.
+    sides. A(i) is the contrast set. If `own` is given, row own + i of the set is anchor i itself and is left out.
+    Both sides get gradients. `denominator` as in supcon_out. Returns a scalar, or (M,) values.
     """
     _check(z, y, soft=True)
     _check_contrast(z, y, contrast, y_contrast)
@@ -175,7 +176,7 @@ def supcon_against(z: Tensor, y: Tensor, contrast: Tensor, y_contrast: Tensor, t
     return _reduce(*_from_rows(variant, z, y, tau, contrast, y_contrast, own, denominator), reduction)
 
 def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0, denominator="all"):
-    """As _from_scores, for anchors a against b, or themselves without b. Row own + i of b, if own is given, is i."""
+    """As _from_scores, for anchors a against b, or themselves without b. If own is given, row own + i of b is i."""
     _check_word("variant", variant, ("out", "in"))
     _check_word("denominator", denominator, DENOMINATORS)
     _require(denominator == "all" or y_a.ndim == 1, "class probabilities y (N, C) go with denominator='all' alone")
@@ -233,7 +234,7 @@ def triplet(z: Tensor, y: Tensor, margin: float = 0.2, *, mining: str = "semihar
 def _hinges(d_p, d_n, margin, soft):
     """The sum over the triplets of each row."""
     u = d_p - d_n + margin
-    return (torch.logaddexp(u, torch.zeros_like(u)) if soft else F.relu(u)).sum(1)  # F.softplus turns linear
+    return (torch.logaddexp(u, torch.zeros_like(u)) if soft else F.relu(u)).sum(1)  # F.softplus is linear above 20
 
 def max_margin(z: Tensor, y: Tensor, margin: float = 1.0, *, reduction: str = "mean") -> Tensor:
     """Hadsell's pair loss (2006): the mean over A(i) of D^2/2 for a positive, [margin - D]_+^2/2 for a negative.
@@ -403,7 +404,8 @@ def _check(z, y=None, views=1, soft=False):
     if y is not None:
         _require(isinstance(y, Tensor), "y must be a tensor, got a {}", type(y).__name__)
         fits = y.ndim in (1, 1 + soft) and len(y) == len(z) and y.shape[1:] != (1,)
-        _require(fits, "y must hold one label for each row of z {}, got {}", z, y)
+        _require(fits, "y must be (N,) labels, or (N, C > 1) class probabilities where allowed, got {} for z {}",
+                 y, z)
         _require(y.ndim == 1 or y.is_floating_point(), "class probabilities y must be floating point, got {}", y.dtype)
     _require(views > 0 and len(z) % views == 0, "the rows of z {} must be a multiple of views >= 1, got {}", z, views)
 
@@ -418,9 +420,9 @@ def _check_contrast(z, y, contrast, y_contrast):
     labels = y_contrast.dtype, y_contrast, y.dtype, y
     _require(fits, "contrast {} does not go with z {}, or labels {} {} with {} {}", contrast, z, *labels)
 
-def _check_tau(tau):
+def _check_tau(name, tau):
     fits = tau.ndim == 0 if isinstance(tau, Tensor) else tau > 0  # reading a tensor's value would break compilation
-    _require(fits, "tau must be a positive number, or a tensor without an axis, got {}", tau)
+    _require(fits, "{} must be a positive number, or a tensor without an axis, got {}", name, tau)
 
 def _check_word(name, word, words):
     _require(word in words, "{} must be one of {}, got {!r}", name, words, word)
@@ -445,7 +447,7 @@ def _squared_distances(z):
 
 def _divide_by_root_tau(z, tau):
     """z / sqrt(tau), whose products are s_ij/tau: so a tensor tau gets its gradient."""
-    _check_tau(tau)
+    _check_tau("tau", tau)
     z = _widen(z)
     return z * (tau.to(z.dtype) if isinstance(tau, Tensor) else float(tau)) ** -0.5
 
@@ -458,21 +460,23 @@ class _Ieee:
 
     def __init__(self, backend):
         self.backend, self.lock = backend, threading.Lock()
-        self.found = []  # by each thread that is inside: the user's precision by the first, "ieee" by the others
+        self.inside, self.before = 0, None  # how many threads, and the user's precision
 
     def __enter__(self):
         with self.lock:
-            self.found.append(self.backend.fp32_precision)
-            if self.found[-1] not in ("ieee", "none"):
+            found = self.backend.fp32_precision
+            self.before = self.before if self.inside else found
+            self.inside += 1
+            if found not in ("ieee", "none"):
                 self.backend.fp32_precision = "ieee"
 
     def __exit__(self, *error):
         with self.lock:
-            found = self.found.pop()  # so the user's is left for the last one out
-            if found not in ("ieee", "none"):
-                self.backend.fp32_precision = "none"  # what it inherits, which may have been its value
-                if self.backend.fp32_precision != found:
-                    self.backend.fp32_precision = found
+            self.inside -= 1
+            if not self.inside and self.before not in ("ieee", "none"):
+                self.backend.fp32_precision = "none"  # inherits the global setting, which may be the user's already
+                if self.backend.fp32_precision != self.before:
+                    self.backend.fp32_precision = self.before
 
 class _OneSwitch:
     """Before torch 2.9 one switch served all backends. Here it has the name and the words of the newer ones."""
@@ -567,7 +571,7 @@ def _from_strips(variant, a, b, y_a, y_b, own):
     a = a * math.log(2) ** -0.5
     b = None if b is None else b * math.log(2) ** -0.5
     contrast = a if b is None else b
-    rows = contrast if variant == "out" else contrast[:, :0]  # L_in needs the weights of the positives alone
+    rows = contrast if variant == "out" else contrast[:, :0]  # L_in needs only the weights: no columns to add up
     if y_a.ndim == 1:
         y_a, y_b = _number_classes(torch.cat([y_a, y_b])).split([len(y_a), len(y_b)])
         sums, weight = _sums_by_label(rows, y_a, y_b, own)
@@ -631,7 +635,7 @@ class _ClassSums(torch.autograd.Function):
 def _class_sums(rows, y_a, y_b):
     """For each anchor the sum of the rows with its label, (M, D)."""
     known, wide = not torch.compiler.is_compiling() and rows.device.type == "cpu", _wide(rows)
-    count = 1 + int(torch.maximum(y_a.max(), y_b.max())) if known else len(y_a) + len(y_b)  # to read it, a GPU waits
+    count = 1 + int(torch.maximum(y_a.max(), y_b.max())) if known else len(y_a) + len(y_b)  # reading it stalls a GPU
     of_classes = rows.new_zeros(count, rows.shape[1], dtype=wide).index_add(0, y_b, rows.to(wide))
     return of_classes.to(rows.dtype).index_select(0, y_a)
 
@@ -659,12 +663,24 @@ class _LogSumExp(torch.autograd.Function):
         grads = _log_sums_grad(a, b, y_a, y_b, ctx.own, slope, sums, shift, near, kept, of_b)
         return *grads, *[None] * (6 - len(grads))
 
-@_exact_op(lambda a, b, y_a, *rest: [*a.new_empty(2, 1 if y_a is None else 2, len(a)).unbind(), a.new_empty(()),
-                                     torch.empty((), dtype=torch.bool)])
+def _like_log_sums(a, b, y_a, *rest):
+    log_sum = a.new_empty(1 if y_a is None else 2, len(a))
+    return [log_sum, torch.empty_like(log_sum), a.new_empty(()), torch.empty((), dtype=torch.bool)]
+
+@_exact_op(_like_log_sums)
 def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | None, valid: Tensor | None,
               own: int | None, keep: bool) -> list[Tensor]:
     """[log_sum, the sums of powers, their shift, whether it served, and the strips if the backward is to have them]"""
     shift = _guess_shift(a, b, own)
+    sums, kept = _sums_of_strips(a, b, y_a, y_b, own, shift, keep)
+    log_sum = sums.log2() + shift
+    near = _are_near(log_sum, shift, valid)
+    if not near:
+        log_sum, kept = _log_sums_of_rows(a, b, y_a, y_b, own), []
+    return [log_sum, sums, shift, torch.tensor(near), *kept]
+
+def _sums_of_strips(a, b, y_a, y_b, own, shift, keep):
+    """(sum_j 2^(s_ij - shift) and, given y, sum_j w_ij 2^(s_ij - shift), (1 or 2, M); the strips if they are kept)"""
     sums = a.new_zeros(1 if y_a is None else 2, len(a))
     kept = []
     for I, J, later, powers in _strips(a, b, own, shift, keep):
@@ -675,15 +691,15 @@ def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | Non
                 total[later] += part[:, later.start - J.start :].sum(0)
         if keep:
             kept.append(powers)
-    log_sum = sums.log2() + shift
-    near = _are_near(log_sum, shift, valid)
-    if not near:
-        kept = []
-        for I, parts in _score_rows(a, b, y_a, y_b, own):
-            for k, s in enumerate(parts):
-                top = s.amax(1, keepdim=True)
-                log_sum[k, I] = (s - top).exp2_().sum(1).log2() + top.squeeze(1)
-    return [log_sum, sums, shift, torch.tensor(near), *kept]
+    return sums, kept
+
+def _log_sums_of_rows(a, b, y_a, y_b, own):
+    log_sum = a.new_empty(1 if y_a is None else 2, len(a))
+    for I, parts in _score_rows(a, b, y_a, y_b, own):
+        for k, s in enumerate(parts):
+            top = s.amax(1, keepdim=True)
+            log_sum[k, I] = (s - top).exp2_().sum(1).log2() + top.squeeze(1)
+    return log_sum
 
 def _guess_shift(a, b, own):
     """A shift near the log sums: the median of the largest scores of the first 64 anchors."""
@@ -702,31 +718,37 @@ def _log_sums_grad(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor 
                    slope: Tensor, sums: Tensor, shift: Tensor, near: Tensor, kept: list[Tensor],
                    of_b: bool) -> list[Tensor]:
     """[the gradient in a, and in b if of_b], from slope, that in log_sum: dL/ds_ij = slope_i 2^(s_ij - log_sum_i)."""
-    contrast = a if b is None else b
     grads = [torch.zeros_like(x) for x in (a, b)[: 1 + of_b]]
-    if not near:
-        for I, parts in _score_rows(a, b, y_a, y_b, own):
-            # The row's softmax, and not 2^(s - log_sum): where scores are large, log_sum is rounded by more than 1.
-            G = sum(slope[k][I, None] * (s * math.log(2)).softmax(1) for k, s in enumerate(parts))
-            grads[0][I].addmm_(G, contrast)
-            if b is None or of_b:
-                grads[-1].addmm_(G.T, a[I])
-        return grads
+    if near:
+        _add_grad_of_strips(grads, a, b, y_a, y_b, own, slope, sums, shift, kept)
+    else:
+        _add_grad_of_rows(grads, a, b, y_a, y_b, own, slope)
+    return grads
+
+def _add_grad_of_strips(grads, a, b, y_a, y_b, own, slope, sums, shift, kept):
+    contrast = a if b is None else b
     f = slope / sums.where(slope != 0, 1)  # times a power it is slope_i 2^(s_ij - log_sum_i)
-    f_of_J = f if b is None else f.new_zeros(len(f), len(b))  # 0 where the columns are no anchors
+    f_columns = f if b is None else f.new_zeros(len(f), len(b))  # 0 where the columns are no anchors
     room_of_G, room = a.new_empty(0), a.new_empty(0)
     for I, J, later, powers in _strips(a, b, own, shift, kept=kept):
-        G = torch.add(f[0][I, None], f_of_J[0][J], out=room_of_G.resize_(powers.shape))
+        G = torch.add(f[0][I, None], f_columns[0][J], out=room_of_G.resize_(powers.shape))
         if y_a is not None:
-            f_w = torch.add(f[1][I, None], f_of_J[1][J], out=room.resize_(powers.shape))
+            f_w = torch.add(f[1][I, None], f_columns[1][J], out=room.resize_(powers.shape))
             G.add_(f_w.mul_(_weights(y_a[I], y_b[J])))
         G.mul_(powers)  # dL/ds_ij, and dL/ds_ji as well where s_ij stands for both
         grads[0][I].addmm_(G, contrast[J])
         if b is None:
             grads[0][later].addmm_(G[:, later.start - J.start :].T, a[I])
-        elif of_b:
+        elif len(grads) > 1:
             grads[1][J].addmm_(G.T, a[I])
-    return grads
+
+def _add_grad_of_rows(grads, a, b, y_a, y_b, own, slope):
+    for I, parts in _score_rows(a, b, y_a, y_b, own):
+        # The row's softmax, and not 2^(s - log_sum): where scores are large, log_sum is rounded by more than 1.
+        G = sum(slope[k][I, None] * (s * math.log(2)).softmax(1) for k, s in enumerate(parts))
+        grads[0][I].addmm_(G, a if b is None else b)
+        if b is None or len(grads) > 1:
+            grads[-1].addmm_(G.T, a[I])
 
 def _strips(a, b, own, shift, keep=False, kept=()):
     """Yields (I, J, later, powers): anchors; some of their columns; those of J that come after I; 2^(s_ij - shift)
