@@ -6,8 +6,8 @@
     python linear_probe.py runs/cifar10-resnet50-supcon-s0 --subset 0.1 --figure                # few labels; pictures
 
 Features of un-augmented images are extracted once. A logistic regression is fitted to nine tenths of the training
-images for each of some weight decays. The one that is best on the other tenth is fitted again, to all of them, and
-meets the test images once. The papers' probes are trained by SGD instead, as --recipe, --augment or any option of SGD
+images for each of four weight decays. The best decay on the other tenth serves for a fit to all of them, which is
+tested once. The papers' probes are trained by SGD instead, as --recipe, --augment or any option of SGD
 asks: the grid is then one of learning rates and weight decays, fitted together as one linear layer. Beside the
 checkpoint this leaves probe.json and classifier.pt; another data set, a subset, a limit or a recipe is part of their
 names, and so is the epoch of an epoch-0003.pt. docs/weights.md says how to use these files elsewhere.
@@ -75,7 +75,7 @@ def train_cells(features_of, labels, num_classes, cells, fit):
         r = features_of(epoch) if epoch else r
         order = torch.randperm(n, generator=g).to(r.device)
         for step, rows in enumerate(order.split(batch)[:steps], epoch * steps):
-            rate = learning_rate(fit, step, steps, marks=(0.6, 0.75, 0.9), factor=0.2)
+            rate = learning_rate(fit, step, steps, milestones=(0.6, 0.75, 0.9), gamma=0.2)
             for group, (lr, _) in zip(optimizer.param_groups, cells):
                 group["lr"] = lr * rate
             optimizer.zero_grad()
@@ -240,10 +240,10 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
 
 def load_both(dataset, data, limit, source, seed):
     """(training set, test set, what the latter is). Without a test set a tenth of the training images is held out."""
-    train = load_data(dataset, data, True, limit=limit, **source)
+    train = load_data(dataset, data, train=True, limit=limit, **source)
     require_two_classes(train, data)
     try:
-        test = load_data(dataset, data, False, **source)
+        test = load_data(dataset, data, train=False, **source)
         return train, with_classes_of(train, test, data), "the test set"
     except Missing:
         kept, held = hold_out(train.labels, seed)
@@ -265,7 +265,7 @@ def seen_and_left_out(config, source):
         raise Refused("--validate tests on the images that pretrain.py --subset left out: this run took all of them")
     if config.get("streams") is None:
         raise Refused("--validate cannot tell which images a run of an earlier version left out: train it again")
-    data = load_data(config["dataset"], config["data"], True, limit=config["limit"], **source)
+    data = load_data(config["dataset"], config["data"], train=True, limit=config["limit"], **source)
     require_two_classes(data, config["data"])
     seen = stratified(data.labels, config["subset"], generator("subset", config["seed"]))
     return take(data, seen), take(data, all_but(seen, len(data.labels))), "what --subset left out"
@@ -286,28 +286,28 @@ def fit_classifier(job, features, cells, fit, augment, workers):
     return probe(features.r_train, features.y_train, len(job.train.classes), cells, fit, augmented)
 
 
-def measure(job, found, features, seed):
+def measure(job, fitted, features, seed):
     """What probe.json holds of the classifier and of the features."""
     r_train, y_train, r_test, y_test, _ = features
-    scores = found.classifier(r_test)
+    scores = fitted.classifier(r_test)
     ece, table = reliability(scores, y_test)
     return {
         "top1": topk(scores, y_test, 1),
         "top5": topk(scores, y_test, 5),
-        "train_top1": topk(found.classifier(r_train), y_train, 1),
+        "train_top1": topk(fitted.classifier(r_train), y_train, 1),
         "per_class_top1": per_class(scores, y_test, job.test.classes),
         "worst_confusions": worst_confusions(scores, y_test, job.test.classes),
         "ece": ece,
-        "ece_after_temperature": reliability(scores / found.temperature, y_test)[0],
-        "temperature": found.temperature,
+        "ece_after_temperature": reliability(scores / fitted.temperature, y_test)[0],
+        "temperature": fitted.temperature,
         "reliability": table,
         "knn_top1": knn_top1(r_train, y_train, r_test, y_test),
         **retrieval(r_test, y_test),
         **geometry(job.frozen, job.test, seed),
-        "lr": found.cell[0],
-        "weight_decay": found.cell[1],
-        "held_out_top1": found.held_out_top1,
-        "grid": found.grid,
+        "lr": fitted.cell[0],
+        "weight_decay": fitted.cell[1],
+        "held_out_top1": fitted.held_out_top1,
+        "grid": fitted.grid,
         "train_images": len(y_train),
         "test_images": len(y_test),
     }
@@ -316,9 +316,9 @@ def measure(job, found, features, seed):
 def report(result, loss):
     """Prints what probe.json holds."""
     rate = "" if result["lr"] is None else f"lr {result['lr']:g}, "
-    say(f"{result['dataset']}, linear probe on {loss} features: top-1 {result['top1']:.2f} %  top-5 "
-        f"{result['top5']:.2f} %  "
-        f"k-NN {result['knn_top1']:.2f} %  ({rate}weight decay {result['weight_decay']:g})")
+    say(f"{result['dataset']}, linear probe on {loss} features: top-1 {result['top1']:.2f} %  "
+        f"top-5 {result['top5']:.2f} %  k-NN {result['knn_top1']:.2f} %  "
+        f"({rate}weight decay {result['weight_decay']:g})")
     if result["held_out_top1"] is None:
         say("no class has two images: nothing to choose with, so the first cell of the grid is taken",
             err=True)
@@ -386,13 +386,14 @@ def complete_fit(recipe, options, given):
 @click.option("--optimizer", type=click.Choice(["lbfgs", "sgd", "lars", "rmsprop"]),
               show_default="lbfgs; sgd with --augment, --recipe or an option of SGD",
               help="lbfgs is logistic regression, fitted to its end, without --lr, --epochs and so on.")
-@click.option("--momentum", type=BELOW_1, default=0.9, help="The optimiser's.")
-@click.option("--nesterov/--no-nesterov", default=True, help="Nesterov's momentum, of SGD.")
+@click.option("--momentum", type=BELOW_1, default=0.9, help="Momentum of the optimiser.")
+@click.option("--nesterov/--no-nesterov", default=True, help="Nesterov's momentum (SGD only).")
 @click.option("--schedule", type=click.Choice(["cosine", "step", "exponential", "constant"]), default="cosine",
               help="cosine to lr/1000; step: x0.2 at 60, 75, 90 %; exponential: x0.97 every half epoch.")
 @click.option("--warmup", type=NOT_NEGATIVE, default=0.0, help="Epochs of linear warm-up from 0.")
-@click.option("--label-smoothing", type=BELOW_1, default=0.0, help="Of cross-entropy.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of orders, parts and views.")
+@click.option("--label-smoothing", type=BELOW_1, default=0.0, help="Label smoothing of cross-entropy.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0,
+              help="Seed of the order, the subset, the held-out tenth and the views.")
 @click.option("--baselines", "with_baselines", is_flag=True, help="Also probe raw pixels and an untrained encoder.")
 @click.option("--figure", is_flag=True,
               help="Draw reliability, confusions and a 2-D projection as PNG (needs matplotlib).")
@@ -417,21 +418,21 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     features, start = extract_both(job, workers), time.perf_counter()
     if save_features_to:
         save_features(save_features_to, job.checkpoint, job.train, job.test, features.r_train, features.r_test)
-    found = fit_classifier(job, features, cells, fit, augment, workers)
+    fitted = fit_classifier(job, features, cells, fit, augment, workers)
     if fingerprint(job.frozen) != before:
         raise RuntimeError("the encoder changed while it was probed")
     seconds = {"extract_seconds": round(features.seconds, 2), "fit_seconds": round(time.perf_counter() - start, 2)}
-    classifier = Classifier(job.frozen, found.classifier, job.train.classes, found.temperature, job.dataset)
+    classifier = Classifier(job.frozen, fitted.classifier, job.train.classes, fitted.temperature, job.dataset)
     write_classifier(folder / f"classifier{job.kind}.pt", classifier)
-    shared = {"lr": found.cell[0], "augment": augment, "l2_normalize": l2_normalize, "subset": subset, "limit": limit}
+    more = {"lr": fitted.cell[0], "augment": augment, "l2_normalize": l2_normalize, "subset": subset, "limit": limit}
     result = {"checkpoint": str(job.checkpoint), "step": job.frozen.step, "dataset": job.dataset, "data": job.place}
-    result |= {"tested_on": job.tested_on, "recipe": recipe} | measure(job, found, features, fit.seed) | seconds
-    result |= {"fit": vars(fit) | shared, "torch": torch.__version__}
+    result |= {"tested_on": job.tested_on, "recipe": recipe} | measure(job, fitted, features, fit.seed) | seconds
+    result |= {"fit": vars(fit) | more, "torch": torch.__version__}
     report(result, job.frozen.config["loss"])
     write_json(folder / f"probe{job.kind}.json", result)
     if figure:
         r, y = features.r_test, features.y_test
-        table = confusion(found.classifier(r), y)
+        table = confusion(fitted.classifier(r), y)
         say(draw_probe(folder / f"probe{job.kind}.png", result, table, r, y, job.test.classes))
     if with_baselines:
         result |= baselines(job.frozen, job.train, job.test, cells, fit)

@@ -54,26 +54,22 @@ def train(config, ranks, resumed=None):
     """
     asked = Asked()
     with fast_convolutions(config.precision != "float32"), signals_noted(asked, SAVING):
-        with ranks.hold_refusals():
+        with ranks.refusing_together():
             complete(config, ranks.world)
             if ranks.rank == 0:
                 refuse_unusable(Path(config.run), resuming=resumed is not None)
-        ranks.meet()
         data, test = load_on_every_rank(config, ranks)
-        with ranks.hold_refusals():
+        with ranks.refusing_together():
             fit_to_data(config, data, resumed)
             run = Run(config, data, ranks, resumed)
-        ranks.meet()
-        with ranks.hold_refusals():
+        with ranks.refusing_together():
             journal = open_journal(run, data, test, ranks, resumed)
-        ranks.meet()
-        run.join(ranks)
+        run.distribute(ranks)
         with signals_noted(asked, ENDING):
             train_steps(run, data, test, ranks, journal, asked)
-        with ranks.hold_refusals():
+        with ranks.refusing_together():
             if journal:
                 journal.close(run)
-        ranks.meet()
         say_how_it_ended(run)
         if run.step < run.total_steps:
             raise Stopped(asked.end or signal.SIGTERM)  # the signal may have come to another rank
@@ -90,7 +86,8 @@ def train_steps(run, data, test, ranks, journal, asked):
         end, save = ranks.largest(bool(asked.end or ranks.refusal), asked.save)
         if end:
             break
-        asked.save = asked.save and not save
+        if save:
+            asked.save = False  # a signal that comes from now on asks again
         if config.freeze_epochs:
             run.model.freeze(run.step < config.freeze_epochs * run.steps_per_epoch)
         lr = set_learning_rate(run.optimizer, learning_rate(config, run.step, run.steps_per_epoch))
@@ -146,10 +143,10 @@ def cached_gradients(run, batch, parts):
     """
     config, views = run.config, run.config.views
     encoded, y = encode_without_graph(run, parts)
-    z, *logits = outputs = [join(rows, views).requires_grad_() for rows in encoded]
+    z, *logits = outputs = [join_parts(rows, views).requires_grad_() for rows in encoded]
     loss = total_loss(config, z, logits[0] if logits else None, y, batch.index, run.contrasts())
     gradients = torch.autograd.grad(run.scaler.scale(loss), outputs, allow_unused=True)
-    encode_with_graph(run, parts, [None if g is None else cut(g, views, len(parts[0])) for g in gradients])
+    encode_with_graph(run, parts, [None if g is None else cut_into_parts(g, views, len(parts[0])) for g in gradients])
     enqueue(run, (part.views() for part in parts))
     return loss.detach(), z.detach()
 
@@ -163,7 +160,7 @@ def encode_without_graph(run, parts):
             x, y = part.views()
             encoded.append([rows for rows in run.model(x) if rows is not None])
             labels.append(y)
-    return list(zip(*encoded)), join(labels, run.config.views)
+    return list(zip(*encoded)), join_parts(labels, run.config.views)
 
 
 def encode_with_graph(run, parts, gradients):
@@ -176,13 +173,13 @@ def encode_with_graph(run, parts, gradients):
             torch.autograd.backward(*zip(*used))
 
 
-def join(parts, views):
+def join_parts(parts, views):
     """The parts' rows (V m, ...), view by view, as the rows of all images (V n_r, ...), view by view."""
     return torch.cat([part.unflatten(0, (views, -1)) for part in parts], 1).flatten(0, 1)
 
 
-def cut(rows, views, size):
-    """The rows of all images (V n_r, ...), view by view, as those of parts of `size` images: the inverse of join."""
+def cut_into_parts(rows, views, size):
+    """The rows of all images (V n_r, ...), view by view, as parts of `size` images: the inverse of join_parts."""
     return [part.flatten(0, 1) for part in rows.unflatten(0, (views, -1)).split(size, 1)]
 
 
@@ -193,7 +190,7 @@ def enqueue(run, parts):
     run.queue.follow(run.model)
     views = run.config.views
     z, y = zip(*[(run.queue.encode(x), y) for x, y in parts])
-    z, y = gather_views(join(z, views), views), gather_views(join(y, views), views)
+    z, y = gather_views(join_parts(z, views), views), gather_views(join_parts(y, views), views)
     if not OBJECTIVES[run.config.loss].labels:  # then nothing in the queue is anybody's positive
         y = torch.full_like(y, -1)
     run.queue.add(z, y)
@@ -233,9 +230,9 @@ class Run:
         self.optimizer.register_step_post_hook(self.note_taken)
         if config.compile:
             model.encoder.compile()
-        self.parallel = model  # see `join`
+        self.parallel = model  # see `distribute`
 
-    def join(self, ranks):
+    def distribute(self, ranks):
         """From now on the ranks add up their gradients. They all have to call this."""
         if ranks.world > 1:
             # A frozen encoder gets no gradient for a while. Looking for such parameters also keeps the order in which
@@ -307,9 +304,9 @@ class Run:
 
 
 def is_diagnosed(run, world):
-    """Whether this step ends an epoch that is diagnosed: of `world` ranks every world-th one, and the last one.
+    """Whether this step ends an epoch to be diagnosed. With W ranks these are every W-th epoch and the last one.
 
-    The other ranks wait for rank 0, whose part of an epoch's images is a world-th. No clock decides, so all ranks
+    The other ranks wait for rank 0, which encodes only a W-th of an epoch's images. No clock decides, so all ranks
     agree, and a run that goes on to the same last epoch has the log of one that never stopped.
     """
     return run.ends_epoch and (run.step // run.steps_per_epoch % world == 0 or run.step == run.total_steps)
@@ -376,14 +373,12 @@ def main(context, resume, **options):
 def read_on_first(context, resume, options, ranks):
     """(Config, contents of the checkpoint to go on from, or None) as rank 0 reads them, each with its own device."""
     found = None
-    with ranks.hold_refusals():
+    with ranks.refusing_together():
         if ranks.rank == 0:
             found = read(context, resume, options)
-    ranks.meet()
     config, contents = ranks.from_first(found)
-    with ranks.hold_refusals():
+    with ranks.refusing_together():
         ranks.use(choose_device(config.device))
-    ranks.meet()
     config.device = str(ranks.device)
     return config, contents
 

@@ -1,19 +1,20 @@
 """The oracle: the losses of Supervised Contrastive Learning and their gradients, in float64, one anchor at a time.
 
 Made to be read beside the paper (Khosla et al. 2020, arXiv 2004.11362v5; bare equation numbers are its own). Sets are
-lists of indices and sums are loops over them, so it shares no mask and no tile with a fast implementation.
+lists of indices and sums are loops over them, so it shares no mask and no strip with a fast implementation.
 
     n images with V views make N = nV rows; row i is view i // n of image i % n
     z_i    row i of z (N, D), taken as given; y_i its label, or its class probabilities where y is (N, C)
     A(i)   all rows but i; P(i) those of i's label, its positives; N(i) the others, its negatives
-    s_ij = z_i . z_j      d_ij = ||z_i - z_j||^2, squared      P_ia = exp(s_ia/tau) / sum_{a' in A(i)} exp(s_ia'/tau)
+    s_ij = z_i . z_j      d_ij = ||z_i - z_j||^2      P_ia = exp(s_ia/tau) / sum_{a' in A(i)} exp(s_ia'/tau)
 
 The paper sums L_i over the anchors; here a loss is the mean over those that count, and reduction="none" gives a value
 per row, 0 for a row that does not. An anchor without a positive never counts; if none does, loss and gradient are 0.
 `<name>_grad` is the gradient of the mean in z, both roles of a row included: as an anchor and as others' contrast.
 
-Raised as ValueError: z not (N, D), y not one label per row, tau <= 0, k < 1, a word that is no option; where views are
-read, views < 1 or N no multiple of them. The values in z are not looked at: nan in, nan out.
+ValueError is raised if z is not (N, D), if y does not hold one label per row, if tau <= 0 or k < 1, if an option has an
+unknown value, and, where views are read, if views < 1 or N is no multiple of them. The values in z are not looked at:
+nan in, nan out.
 """
 import numpy as np
 
@@ -74,9 +75,10 @@ def simple_contrastive(z, lam, *, views=2, k=None, reduction="mean"):
 
 def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="out", denominator="all",
                    reduction="mean"):
-    """supcon_out or supcon_in (variant "in") of anchors z against rows of their own: A(i) is all rows of contrast, less
-    row own + i, which is anchor i, where own is given; P(i) is those of A(i) with i's label, N(i) the others;
-    denominator and y both (., C) as above"""
+    """supcon_out or supcon_in (variant "in") of anchors z against another set of rows.
+
+    A(i) is all rows of contrast. If own is given, row own + i is anchor i itself and is left out. P(i) is those of A(i)
+    with i's label, and N(i) the others. denominator and class probabilities, (., C) on both sides, as above."""
     z, contrast = _rows(z, y, (1, 2)), _rows(contrast)
     return _reduce(z, _against(variant, z, y, contrast, y_contrast, tau, own, denominator), reduction)
 

@@ -53,8 +53,8 @@ class Made:
 
     def __init__(self, test, seed, as_files):
         if test.images.shape[-1] < 9:
-            raise Refused(f"images of {test.images.shape[-1]} pixels are too small to blur: probe a run of --size 9 "
-                f"or more")
+            raise Refused(f"images of {test.images.shape[-1]} pixels are too small to blur: "
+                          "probe a run of --size 9 or more")
         self.images, self.labels, self.seed, self.as_files = test.images, test.labels, seed, as_files
 
     def batches(self, name, severity):
@@ -91,9 +91,8 @@ class Cifar10C:
     def check(self, test):
         n = len(self.labels) // 5
         if n > len(test.labels) or not (self.labels.view(5, n) == test.labels[:n]).all():
-            raise Refused(f"{self.folder}/labels.npy are not the labels of the test set that the classifier was "
-                f"fitted for: "
-                          "name the set made of it")
+            raise Refused(f"{self.folder}/labels.npy does not hold the labels of the classifier's test set: "
+                          "name the corrupted copy of that set")
         for name in self.names:
             shape = self._read(name, 4).shape
             if shape[0] != len(self.labels) or shape[3] != 3:
@@ -130,8 +129,8 @@ class ImageNetC:
     def _folder(self, path):
         folder = find_images(path, "--corrupted")
         if folder.classes != self.classes:
-            raise Refused(f"{path} holds {len(folder.classes)} classes that are not, by name, "
-                          f"the {len(self.classes)} that the classifier was fitted to")
+            raise Refused(f"the names of the {len(folder.classes)} classes in {path} are not those of the "
+                          f"{len(self.classes)} classes that the classifier was fitted to: name the set made of these")
         sample = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         return Data(sample, torch.tensor(folder.labels), folder.classes, folder.files)
 
@@ -180,7 +179,7 @@ def evaluate(classifiers, batches):
 
 
 def error_and_calibration(scores, labels):
-    """(top-1 error as a part of 1, expected calibration error)."""
+    """(top-1 error as a fraction, expected calibration error)."""
     return (scores.argmax(1) != labels).double().mean().item(), reliability(scores, labels)[0]
 
 
@@ -254,7 +253,7 @@ def prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_
             f"{report.parent} cannot be written: copy the classifier to a folder that can")
     all_labels = corrupted and (corrupted / "labels.npy").exists()  # CIFAR-10-C's are compared with the test set's
     source = {"download": download, "table": None if elsewhere else ours.frozen.config.get("labels")}
-    test = load_data(ours.dataset, data, False, size=ours.size, limit=None if all_labels else limit, **source)
+    test = load_data(ours.dataset, data, train=False, size=ours.size, limit=None if all_labels else limit, **source)
     test = with_classes_of(ours, test, data)
     source = published(corrupted, ours, limit, workers, test) if corrupted else None
     test = test._replace(images=test.images[:limit], labels=test.labels[:limit])
@@ -345,7 +344,7 @@ def report(result):
 @click.option("--download/--no-download", default=True, help="Fetch what is missing.")
 @click.option("--limit", type=click.IntRange(min=1), show_default="all", help="The first N images of every set.")
 @click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read ImageNet-C.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the noises made here.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the corruptions made here.")
 @click.option("--as-files/--not-as-files", default=True,
               help="Send what is made of images above 64 pixels through JPEG files, as ImageNet-C's are.")
 @click.option("--figure", is_flag=True, help="Draw error and calibration as PNG (needs matplotlib).")

@@ -117,7 +117,7 @@ def main(run, epochs, part, device):
 
     frozen = load_encoder(run / "ckpt.pt", device)
     source = (frozen.config["dataset"], frozen.config["data"])
-    train, test = load_data(*source, True, size=frozen.size), load_data(*source, False, size=frozen.size)
+    train, test = load_data(*source, train=True, size=frozen.size), load_data(*source, train=False, size=frozen.size)
     n = len(train.labels)
 
     def end_to_end(some):

@@ -1,7 +1,7 @@
 """How the scripts speak and how they end.
 
-What a user can put right ends in one line and exit status 2. Of several ranks, the first one alone speaks, and the one
-that has something to refuse.
+What a user can put right ends in one line and exit status 2. Of several ranks only the first one speaks, and the one
+that refuses something.
 """
 
 import contextlib
@@ -126,7 +126,7 @@ RENAMED = {  # options of earlier versions, and what took their place
 
 
 def run_command(command, lower="--micro-batch, --batch, --size or --limit"):
-    """Runs a click command and ends the process with status 0, or with one line and status 2.
+    """Runs a click command. What it refuses ends the process with one line and status 2, an interruption with 130.
 
     lower: the options that lower the command's need of memory.
     """

@@ -15,9 +15,10 @@ import click
 import torch
 from click.core import ParameterSource
 
+import losses
 from common.cli import Refused, is_first, say
 from common.data import DATASETS, STREAMS, checksum
-from common.images import SMALL
+from common.images import SMALL_SIZE
 from common.initial import refuse_without_weights
 from common.journal import summary_writer
 from common.models import ARCHS, has_stem
@@ -129,9 +130,9 @@ class Config:
     tau: float = option(None, POSITIVE, "Temperature.", "0.1; 0.5 for simclr and hard-contrastive")
     loss_scale: float = option(None, POSITIVE, "Factor of the contrastive loss.",
                         "tau/0.07 for supcon, supcon-in, simclr and hard-contrastive, as in the reference code; else 1")
-    denominator: str = option("all", one_of(["all", "one_positive", "negatives"]),
-                        "Of supcon and supcon-in: all other rows, as in the paper, or the negatives with or without "
-                        "the one positive.")
+    denominator: str = option("all", one_of(losses.DENOMINATORS),
+                        "What the softmax of supcon and supcon-in sums over: all other rows (the paper), the negatives "
+                        "and the one positive, or only the negatives.")
     positives_cap: int = option(None, click.IntRange(0, LARGEST),
                         "Positives that an anchor of supcon and supcon-in keeps beside its own image's views.", "all")
     nearest: int = option(None, COUNT, "Negatives that an anchor of hard-contrastive and simple-contrastive keeps.",
@@ -248,7 +249,7 @@ def read(context, resume, options):
     if resume not in (None, "auto"):
         return read_resumed(context, Path(resume), options, given)
     if options["recipe"]:
-        options = options | of_preset(options, given)
+        options = options | options_of_preset(options, given)
         say("\n".join(describe(options["recipe"])))
     refuse_two_rates(given)
     config = Config(**options, streams=STREAMS)
@@ -267,7 +268,7 @@ MEANT_FOR = [  # (options, whether they have a meaning in a config, where they h
     (["margin"], lambda c: OBJECTIVES[c.loss].margin is not None, "--loss triplet and max-margin"),
     (["mining"], lambda c: c.loss == "triplet", "--loss triplet"),
     (["npair_l2"], lambda c: OBJECTIVES[c.loss].pairs, "--loss n-pair"),
-    (["loss_scale", "projection"], lambda c: OBJECTIVES[c.loss].contrast, "a contrastive --loss"),
+    (["loss_scale", "projection"], lambda c: OBJECTIVES[c.loss].contrastive_loss, "a contrastive --loss"),
     (["denominator", "positives_cap"], lambda c: c.loss in ("supcon", "supcon-in"), "--loss supcon and supcon-in"),
     (["momentum_encoder"], lambda c: c.queue, "--queue"),
     (["labels"], lambda c: c.dataset == "folder", "--dataset folder"),
@@ -286,7 +287,7 @@ def refuse_idle(context, config, given):
     for names, has_meaning, where in MEANT_FOR:
         idle = given & set(names)
         require(not idle or has_meaning(config),
-            f"{flags(context, idle)} has a meaning for {where} alone: leave it out")
+            f"{flags(context, idle)} has a meaning only for {where}: leave it out")
 
 
 def several_gpus():
@@ -305,7 +306,7 @@ BOUND = {  # what of a preset goes with an option that the user overrides
 }
 
 
-def of_preset(options, given):
+def options_of_preset(options, given):
     """What the preset options["recipe"] sets, without what is given and what is bound to a changed option."""
     preset = PRESETS[options["recipe"]].pretrain
     changed = {name for name in given if options[name] != preset.get(name)}
@@ -357,11 +358,11 @@ def read_newest(run):
     contents, warning = newest_checkpoint(run)
     if warning:
         say(warning, err=True)
-    return of_checkpoint(contents), contents
+    return config_of_checkpoint(contents), contents
 
 
-def of_checkpoint(contents):
-    """The Config of a checkpoint's run. Runs of earlier versions lack the newer options and name some otherwise."""
+def config_of_checkpoint(contents):
+    """The Config of a checkpoint's run. Runs of earlier versions lack the newer options and name some differently."""
     old = dict(contents["config"])
     if "proj_dim" in old:  # up to version 0.3: depth, hidden width and last width of the projection head
         hidden = [str(old.get("proj_hidden") or "r")] * (old.get("proj_depth", 2) - 1)
@@ -422,8 +423,8 @@ def complete(config, world):
     require(not objective.pairs or not config.balanced,
         f"--loss {loss} balances its pairs itself: leave --balanced out")
 
-    has_classifier = objective.contrast is None or config.ce_weight
-    require(objective.contrast or not config.ce_weight,
+    has_classifier = objective.contrastive_loss is None or config.ce_weight
+    require(objective.contrastive_loss or not config.ce_weight,
             "--ce-weight joins cross-entropy to another --loss than ce: leave it out")
     require(config.ce_weight or not config.ce_detach, "--ce-detach needs a classifier: give --ce-weight as well")
     require(has_classifier or not config.label_smoothing,
@@ -464,7 +465,7 @@ def fit_to_data(config, data, resumed=None):
     source = source_of(config)
     fill_in(config, size=size, num_classes=classes)
     if has_stem(config.arch):
-        fill_in(config, stem="3x3" if size <= SMALL else "7x7")
+        fill_in(config, stem="3x3" if size <= SMALL_SIZE else "7x7")
     objective = OBJECTIVES[config.loss]
     reads_labels = objective.labels or config.ce_weight
     require(n >= config.batch, f"--batch {config.batch} is larger than the {n} training images: lower --batch")
@@ -504,4 +505,4 @@ def require_same_data(config, data, contents):
                 "since this run of an earlier version began, other images belong to its --limit, --subset "
                 "or --label-noise: end it with that version, or start a new run")
         changed = "views" if config.streams else "order and its views"
-        say(f"this run is of an earlier version: from here on its {changed} are drawn otherwise")
+        say(f"this run is of an earlier version: from here on its {changed} are drawn differently")

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from common.images import SMALL as PIXELS_OF_SMALL
+from common.images import SMALL_SIZE
 
 NAMES = (  # the fifteen of the benchmark
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
@@ -106,7 +106,7 @@ def contrast(x, c, g):
 def elastic_transform(x, c, g):
     """Moves three corners by up to c[2] H, and then all pixels by c[0] H at random, smoothed over c[1] H."""
     n, _, H, _ = x.shape
-    unit = H if H <= PIXELS_OF_SMALL else H * 244 / 224  # the benchmark says 244 at 224 pixels
+    unit = H if H <= SMALL_SIZE else H * 244 / 224  # the benchmark says 244 at 224 pixels
     alpha, sigma, shift = (v * unit for v in c)
     middle, third = H // 2, H // 3
     corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * third + middle
@@ -179,7 +179,7 @@ def corrupt(images, name, severity, g, as_files=True):
     ImageNet-C's files are JPEGs of quality 85, which weakens its noises by a third. So images above 64 pixels pass
     through one too, unless as_files is False.
     """
-    is_small = images.shape[-1] <= PIXELS_OF_SMALL
+    is_small = images.shape[-1] <= SMALL_SIZE
     parameters = (SMALL if is_small else LARGE)[name][severity - 1]
     if name in OF_BYTES:
         corrupted = OF_BYTES[name](images, parameters)

@@ -80,11 +80,10 @@ def require_same_on_every_rank(data, root, ranks):
     if not unlike:
         return
     theirs = ranks.from_first(mine)
-    with ranks.hold_refusals():
+    with ranks.refusing_together():
         if mine != theirs:
             raise Refused(f"--data {root} on {socket.gethostname()} is not what rank 0 holds, "
                           f"{first_difference(mine, theirs)}: copy the data there again")
-    ranks.meet()
 
 
 def names_of_files(data, root):
@@ -94,7 +93,7 @@ def names_of_files(data, root):
 
 
 def checksum(data, root):
-    """A number that tells labels and names of files, and their order, from others."""
+    """A number that changes when the labels, the names of files or their order change."""
     names = "\0".join(names_of_files(data, root)).encode(errors="surrogateescape")
     return zlib.crc32(names, zlib.crc32(data.labels.numpy()))
 
@@ -108,10 +107,10 @@ def first_difference(mine, theirs):
 def load(config, download, with_test):
     """(training set, test set or None) as the options want them. Only rank 0 needs the test set, for its diagnosis."""
     source = {"size": config.size, "download": download, "stream": config.stream, "table": config.labels}
-    data, test = load_data(config.dataset, config.data, True, limit=config.limit, **source), None
+    data, test = load_data(config.dataset, config.data, train=True, limit=config.limit, **source), None
     if with_test and data.classes:
         with contextlib.suppress(Missing):
-            test = load_data(config.dataset, config.data, False, **source)
+            test = load_data(config.dataset, config.data, train=False, **source)
             test = with_classes_of(data, test, config.data)
     if config.subset < 1:
         data = take(data, stratified(data.labels, config.subset, generator("subset", config.seed)))
@@ -132,7 +131,8 @@ def load_data(dataset, root, train, *, size=None, download=True, limit=None, str
     if dataset == "shapes":
         return shapes(min(10_000 if train else 2_000, limit or 10_000), size or 32, seed=int(train))
     if dataset == "folder":
-        return load_folder(labelled(root, train, table) if table else foldered(root, train), size or 32, limit, stream)
+        folder = folder_from_table(root, train, table) if table else folder_from_classes(root, train)
+        return load_folder(folder, size or 32, limit, stream)
     sets = torchvision.datasets
     try:
         if dataset == "svhn":
@@ -171,7 +171,7 @@ def with_classes_of(train, test, root):
     return test._replace(labels=places[test.labels], classes=train.classes)
 
 
-def labelled(root, train, table):
+def folder_from_table(root, train, table):
     """The Folder of the training or test images that a CSV file names."""
     folder = find_labelled(root, table, train)
     if not folder.files:
@@ -179,7 +179,7 @@ def labelled(root, train, table):
     return folder
 
 
-def foldered(root, train):
+def folder_from_classes(root, train):
     """The Folder of the images in root/train, or in root/test or root/val."""
     names = ["train"] if train else ["test", "val"]
     try:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.cli import Refused
-from common.config import of_checkpoint
+from common.config import config_of_checkpoint
 from common.models import bfloat16_is_fast, build_encoder, build_projection, encode, encode_images, refuse_size
 from common.models import widths_of
 from common.objectives import OBJECTIVES
@@ -71,7 +71,7 @@ class Frozen(nn.Module):
 
 
 def load_encoder(path, device="cpu", unit=False):
-    """The Frozen encoder of a run, of which `path` is the folder or a checkpoint. Raises Refused for anything else."""
+    """The Frozen encoder of the run whose folder or checkpoint is `path`. Raises Refused for anything else."""
     path = checkpoint_of(path)
     return frozen_from(load_checkpoint(path), path, torch.device(device), unit)
 
@@ -81,7 +81,7 @@ def load_projection(path):
     contents = load_checkpoint(checkpoint_of(path))
     if "projection" not in contents:
         return None
-    weights, config = contents["projection"], of_checkpoint(contents)
+    weights, config = contents["projection"], config_of_checkpoint(contents)
     projection = build_projection(widths_of(config.projection, weights["0.weight"].shape[1]))
     load_state(projection, weights, path)
     return lambda r: F.normalize(projection(r)) if OBJECTIVES[config.loss].unit else projection(r)
@@ -118,7 +118,7 @@ def fingerprint(module):
 
 @torch.no_grad()
 def extract(frozen, data, key=None, batch=500, workers=2):
-    """r (n, width) of the images as they are, or with a key of views of them: cropped as in training, and flipped."""
+    """r (n, width) of the images. With a key, r of random views of them instead, cropped as in training and flipped."""
     rows, crop_min = torch.arange(len(data.labels)).split(batch), frozen.config.get("crop_min", 0.2)
     if data.files is not None:
         items = ([(row, *key, row) if key else (row,) for row in part.tolist()] for part in rows)

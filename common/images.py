@@ -1,6 +1,6 @@
 """Image files as a person sees them, the folders that hold them, and the square in the middle of an image.
 
-Order and classes of a folder are those of torchvision's ImageFolder. docs/differences.md lists what is read otherwise.
+Order and classes of a folder are those of torchvision's ImageFolder. docs/differences.md lists what differs.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ ENDINGS = Image.registered_extensions()
 NO_PICTURES = {"BUFR", "FITS", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}  # measurements, films, drawing programs
 FORMATS = tuple(name for name in Image.ID if name in Image.OPEN and name not in NO_PICTURES)
 READ = {ending for ending, name in ENDINGS.items() if name in FORMATS} | {".jfif", ".mpo"}
-SMALL = 64  # pixels; larger images are blurred, resized and augmented as ImageNet's are
+SMALL_SIZE = 64  # pixels; larger images are blurred, resized and augmented as ImageNet's are
 THIN = 64  # times as long as wide: longer images lose their ends before they are resized
 NO_NAMES = {"__MACOSX", "Thumbs.db"}  # what systems leave in folders
 TURNS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # what may hold an orientation
@@ -94,7 +94,7 @@ def resize_and_crop(image, size):
     """
     if image.shape[-2:] == (size, size):
         return image
-    side = size * 8 // 7 if size > SMALL else size
+    side = size * 8 // 7 if size > SMALL_SIZE else size
     return TF.center_crop(TF.resize(without_far_ends(image), side, antialias=True), size)
 
 

@@ -41,32 +41,32 @@ def start_from(encoder, config):
     own = encoder.state_dict()
     entries = without_prefix(entries, own)
     taken = {name: entry for name, entry in entries.items() if name in own and entry.shape == own[name].shape}
-    left = [name for name in entries if name not in own and name.split(".")[0] in BEHIND_R]
-    lacking = [name for name in own if name not in entries and not name.endswith("num_batches_tracked")]
-    besides = [name for name in entries if name not in own and name not in left]
-    unlike = [name for name in own if name in entries and name not in taken]
-    fresh = ["conv1.weight"] if has_stem(config.arch) and unlike == ["conv1.weight"] else []
+    behind_r = [name for name in entries if name not in own and name.split(".")[0] in BEHIND_R]
+    missing = [name for name in own if name not in entries and not name.endswith("num_batches_tracked")]
+    extra = [name for name in entries if name not in own and name not in behind_r]
+    mismatched = [name for name in own if name in entries and name not in taken]
+    fresh = ["conv1.weight"] if has_stem(config.arch) and mismatched == ["conv1.weight"] else []
     differ = [
-        lacking and f"it lacks {first(lacking)}",
-        besides and f"it has {first(besides)}",
-        unlike != fresh and "; ".join(shapes(name, own, entries) for name in unlike[:3]),
+        missing and f"it lacks {first_of(missing)}",
+        extra and f"it has {first_of(extra)}",
+        mismatched != fresh and "; ".join(both_shapes(name, own, entries) for name in mismatched[:3]),
     ]
     if any(differ):
         raise Refused(f"--init {config.init} is not of the encoder {config.arch}: {'; '.join(filter(None, differ))}. "
                       "Name its weights, or their --arch")
     encoder.load_state_dict(own | taken)
     words = [f"encoder from {config.init}: {len(taken)} of {len(own)} entries"]
-    words += [f"the stem starts fresh, for {shapes(name, own, entries)}" for name in fresh]
-    words += [f"not taken is what comes after r, {first(left)}"] if left else []
+    words += [f"the stem starts fresh, for {both_shapes(name, own, entries)}" for name in fresh]
+    words += [f"not taken is what comes after r, {first_of(behind_r)}"] if behind_r else []
     say("; ".join(words))
     return mean, std
 
 
-def first(names):
+def first_of(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def shapes(name, own, entries):
+def both_shapes(name, own, entries):
     return f"{name} is {tuple(entries[name].shape)} there and {tuple(own[name].shape)} here"
 
 
@@ -88,7 +88,7 @@ def read_weights(init, arch):
     contents = contents if isinstance(contents, dict) else {}
     if contents.get("format") == FORMAT:
         require_entries(contents, checkpoint_of(init), *CHECKPOINT)
-        return of_run(contents, init, arch)
+        return weights_of_run(contents, init, arch)
     for name in NESTED:
         contents = contents[name] if isinstance(contents.get(name), dict) else contents
     tensors = {name: entry for name, entry in contents.items()
@@ -96,7 +96,7 @@ def read_weights(init, arch):
     return Weights(tensors, *map(torch.tensor, IMAGENET))
 
 
-def of_run(contents, init, arch):
+def weights_of_run(contents, init, arch):
     """The Weights in the contents of a checkpoint of pretrain.py."""
     theirs = contents["config"].get("arch")
     if theirs != arch:

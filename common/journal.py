@@ -81,7 +81,7 @@ class Losses:
 class Journal:
     """Notes steps and epochs of a `run` and saves its checkpoints. Its methods raise Refused where the run must end.
 
-    run: an object with config, step, steps_per_epoch, total_steps, and checkpoint(losses of the epoch, seconds).
+    run: an object with config, step, steps_per_epoch, total_steps, ends_epoch, and checkpoint(losses, seconds).
     resumed: the contents of the checkpoint that the run goes on from, or None. collapse, floor: see collapse_and_floor.
     """
 
@@ -122,18 +122,19 @@ class Journal:
     @contextlib.contextmanager
     def writing(self):
         """After a refusal in this block nothing more is saved: the last checkpoint is the last good one."""
-        self.sound = False
-        yield
-        self.sound = True
+        try:
+            yield
+        except Refused:
+            self.sound = False
+            raise
 
     def note_step(self, run, loss, lr):
         """After every step: its loss, a tensor, and its learning rate. Every --log-every steps an entry is written."""
         self.folder.look_after()
         self.losses.add(loss, lr)
         self.lr = lr
-        ends_epoch = run.step % run.steps_per_epoch == 0
-        if ends_epoch or run.step % self.config.log_every == 0:
-            self.write_step(run, ends_epoch)
+        if run.ends_epoch or run.step % self.config.log_every == 0:
+            self.write_step(run)
 
     def note_skipped(self, run):
         """After a step that the gradient scaler has skipped."""
@@ -142,17 +143,17 @@ class Journal:
         if scale < 1:
             raise self.not_finite("the gradient is beyond float16 even unscaled", run.step, self.lr)
 
-    def write_step(self, run, ends_epoch):
+    def write_step(self, run):
         self.refuse_non_finite(run)
         self.count_seconds()
         config, loss = self.config, self.losses.numbers[-1]
         rate = (len(self.losses) - self.steps_before) * config.batch / (self.seconds - self.seconds_before)
         epoch = math.ceil(run.step / run.steps_per_epoch)
         self.log({"step": run.step, "epoch": epoch, "loss": loss, "lr": self.lr, "images_per_s": round(rate, 1)})
-        if ends_epoch or time.perf_counter() - self.shown > (0.5 if on_terminal() else 10):
+        if run.ends_epoch or time.perf_counter() - self.shown > (0.5 if on_terminal() else 10):
             self.shown = time.perf_counter()
             left = (run.total_steps - run.step) * config.batch / rate / 60
-            tell = say if ends_epoch else say_in_place
+            tell = say if run.ends_epoch else say_in_place
             tell(f"epoch {epoch}/{config.epochs} step {run.step}/{run.total_steps}  loss {loss:.4f}  lr {self.lr:.4g}  "
                 f"{rate:.0f} images/s  {left:.1f} min left")
 
@@ -182,7 +183,7 @@ class Journal:
     def may_save(self):
         """Whether the saves of this process have taken under 2 % of its time, and the last one is on the disk.
 
-        So the first epoch is saved, and a short one seldom: a kill costs up to 50 times what a save does.
+        The first epoch is always saved, and short ones seldom. A kill can then cost 50 times what a save does.
         """
         return not self.folder.is_writing() and self.folder.seconds_saving < 0.02 * (time.perf_counter() - self.began)
 

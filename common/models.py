@@ -128,8 +128,8 @@ def build_model(config, autocast):
     encoder, width = build_encoder(config.arch, config.stem)
     refuse_size(encoder, config.arch, config.size)
     objective = OBJECTIVES[config.loss]
-    projection = build_projection(widths_of(config.projection, width)) if objective.contrast else None
-    has_classifier = objective.contrast is None or config.ce_weight
+    projection = build_projection(widths_of(config.projection, width)) if objective.contrastive_loss else None
+    has_classifier = objective.contrastive_loss is None or config.ce_weight
     classifier = nn.Linear(width, config.num_classes) if has_classifier else None
     return Model(encoder, projection, classifier, unit=objective.unit, unit_r=config.normalize_encoder,
                  detach=config.ce_detach, autocast=autocast)
@@ -175,7 +175,8 @@ def bfloat16_is_fast(device):
 
 @contextlib.contextmanager
 def still_statistics(model):
-    """Batch norm's running statistics stay as they are: of two passes over a batch, one may move them."""
+    """Keeps batch norm's running statistics: gradient caching encodes a batch twice, and one pass alone may move them.
+    The momentum encoder never reads its own."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.training and norm.track_running_stats]
     for norm in norms:

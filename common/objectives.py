@@ -81,7 +81,7 @@ def grouped_n_pair(anchor, positive, num_classes):
 class Objective(NamedTuple):
     """What a loss needs, and its defaults where an option is not given."""
 
-    contrast: Callable | None  # of z; None where cross-entropy of r is all there is
+    contrastive_loss: Callable | None  # of z; None where cross-entropy of r is all there is
     views: int = 2
     lr: float = 0.5  # per 1024 images
     tau: float | None = None  # None: has no temperature
@@ -95,13 +95,13 @@ class Objective(NamedTuple):
     unit: bool = True  # whether it takes z on the unit sphere
     queue: bool = False  # whether contrasts from earlier batches may join
     views_min: int = 1
-    marks: bool = False  # whether its value for collapsed features, and its least value, are known
+    bounds_known: bool = False  # whether its value for collapsed features, and its least value, are known
 
 
 OBJECTIVES = {
-    "supcon": Objective(supcon_out, tau=0.1, scaled=True, soft=True, queue=True, marks=True),
-    "supcon-in": Objective(supcon_in, tau=0.1, scaled=True, soft=True, queue=True, marks=True),
-    "simclr": Objective(nt_xent, tau=0.5, scaled=True, labels=False, queue=True, views_min=2, marks=True),
+    "supcon": Objective(supcon_out, tau=0.1, scaled=True, soft=True, queue=True, bounds_known=True),
+    "supcon-in": Objective(supcon_in, tau=0.1, scaled=True, soft=True, queue=True, bounds_known=True),
+    "simclr": Objective(nt_xent, tau=0.5, scaled=True, labels=False, queue=True, views_min=2, bounds_known=True),
     "hard-contrastive": Objective(hard_contrastive, tau=0.5, scaled=True, labels=False, views_min=2, nearest=0.0819),
     "simple-contrastive": Objective(simple_contrastive, labels=False, views_min=2, nearest=1, has_lam=True),
     "triplet": Objective(triplet, margin=0.2),
@@ -119,10 +119,10 @@ def total_loss(config, z, logits, y, images, queue=None):
 
     Arguments as of the functions above; logits (V n_r, C) or None.
     """
-    contrast = OBJECTIVES[config.loss].contrast
-    if contrast is None:
+    contrastive_loss = OBJECTIVES[config.loss].contrastive_loss
+    if contrastive_loss is None:
         return cross_entropy(logits, y, config.label_smoothing)
-    loss = config.loss_scale * contrast(config, z, y, images, queue)
+    loss = config.loss_scale * contrastive_loss(config, z, y, images, queue)
     if logits is None:
         return loss
     return (1 - config.ce_weight) * loss + config.ce_weight * cross_entropy(logits, y, config.label_smoothing)
@@ -149,7 +149,7 @@ def collapse_and_floor(config, labels):
     """
     objective, rows = OBJECTIVES[config.loss], config.batch * config.views
     is_masked = config.denominator != "all" or config.positives_cap is not None
-    if not objective.marks or config.ce_weight or config.mix or config.queue or is_masked:
+    if not objective.bounds_known or config.ce_weight or config.mix or config.queue or is_masked:
         return None, None
     if objective.labels:
         share = torch.bincount(labels).double() / len(labels)

@@ -9,38 +9,38 @@ import torch
 import torch.nn.functional as F
 
 
-def scheduled(schedule, t, epoch, *, marks=(0.7, 0.8, 0.9), factor=0.1):
+def scheduled(schedule, t, epoch, *, milestones=(0.7, 0.8, 0.9), gamma=0.1):
     """The learning rate as a part of its peak, at the share t of the training, `epoch` epochs after the warm-up.
 
     cosine       falls to 1/1000, as in the reference code
-    step         is multiplied by `factor` at each of the `marks`, which are shares of the training
+    step         is multiplied by `gamma` at each of the `milestones`, which are shares of the training
     exponential  is multiplied by 0.97 every half epoch, as in the official code's probes
     constant     stays at the peak
     """
     if schedule == "cosine":
         return 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * t)) / 2
     if schedule == "step":
-        return factor ** sum(t >= mark for mark in marks)
+        return gamma ** sum(t >= milestone for milestone in milestones)
     if schedule == "exponential":
         return 0.97 ** math.floor(2 * max(epoch, 0))
     return 1.0
 
 
-def learning_rate(config, step, steps_per_epoch, **marks):
+def learning_rate(config, step, steps_per_epoch, **step_options):
     """The learning rate of a step: the warm-up, linear from config.warmup_from, and then the schedule.
 
-    marks: the marks and the factor of the schedule "step", where they are not the usual ones.
+    step_options: milestones and gamma of the schedule "step", where they are not the usual ones.
     """
     warm = config.warmup * steps_per_epoch
-    planned = planned_rate(config, max(step, warm), steps_per_epoch, **marks)
+    planned = planned_rate(config, max(step, warm), steps_per_epoch, **step_options)
     if step < warm:
         return config.warmup_from + (planned - config.warmup_from) * step / warm
     return planned
 
 
-def planned_rate(config, step, steps_per_epoch, **marks):
+def planned_rate(config, step, steps_per_epoch, **step_options):
     total = config.epochs * steps_per_epoch
-    return config.lr * scheduled(config.schedule, step / total, step / steps_per_epoch - config.warmup, **marks)
+    return config.lr * scheduled(config.schedule, step / total, step / steps_per_epoch - config.warmup, **step_options)
 
 
 def set_learning_rate(optimizer, lr):
@@ -132,7 +132,7 @@ ITERATIONS = 100  # of L-BFGS at most
 def logistic_regression(r, labels, num_classes, decay, label_smoothing=0.0):
     """The weights (C, D) and biases (C,) with the least mean cross-entropy + decay/2 ||weights||^2, by L-BFGS.
 
-    It looks for V, where weights = V A and A = (covariance of r + 10 decay)^(-1/2). In V the loss is about equally
+    It looks for V, where weights = V A and A = (mean of r r^T + 10 decay)^(-1/2). In V the loss is about equally
     steep in all directions, so that some dozen steps lead to its minimum; in the weights it takes thousands.
     """
     whiten = inverse_root(r.T @ r / len(r), 10 * decay)
@@ -157,8 +157,8 @@ def logistic_regression(r, labels, num_classes, decay, label_smoothing=0.0):
     return (V @ whiten).detach(), bias.detach()
 
 
-def inverse_root(matrix, more):
-    """(matrix + more)^(-1/2) of a symmetric matrix (D, D) without negative eigenvalues."""
+def inverse_root(matrix, ridge):
+    """(matrix + ridge)^(-1/2) of a symmetric matrix (D, D) without negative eigenvalues."""
     values, vectors = torch.linalg.eigh(matrix.double().cpu())
-    values = values.clamp(min=0) + more + 1e-6 * values.max() + 1e-12
+    values = values.clamp(min=0) + ridge + 1e-6 * values.max() + 1e-12
     return ((vectors * values.rsqrt()) @ vectors.T).to(matrix)

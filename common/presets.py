@@ -11,7 +11,7 @@ class Preset(NamedTuple):
     source: str  # where its numbers are published
     pretrain: dict  # options of pretrain.py
     probe: dict  # options of linear_probe.py; empty where the source has no second stage
-    differs: str = ""  # what of the source this code does otherwise
+    differs: str = ""  # what this code does differently from the source
 
 
 REFERENCE = "github.com/HobbitLong/SupContrast"

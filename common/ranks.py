@@ -52,11 +52,11 @@ def form_group():
     met = 0  # times that all ranks came, and got no group: all of them count these alike
     while True:
         try:
-            store, rank, world = next(dist.rendezvous("env://", timeout=until(end)))
+            store, rank, world = next(dist.rendezvous("env://", timeout=time_left(end)))
             store = dist.PrefixStore(f"meeting {restart} {met}", store)
             wait_for_all(store, rank, world, end)
             met += 1
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=until(end))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=time_left(end))
             return set_timeout(WORKING_TIME)
         except ValueError as e:
             raise Refused("LOCAL_RANK is set, but torchrun's other variables make no process group "
@@ -69,7 +69,7 @@ def form_group():
         time.sleep(1)
 
 
-def until(end):
+def time_left(end):
     return timedelta(seconds=max(1, end - time.monotonic()))
 
 
@@ -104,7 +104,7 @@ class Ranks:
     """The process group of a run. Without torchrun there is none, and this process is rank 0 of 1.
 
     A refusal on one rank is raised on all: `hold_refusals` keeps what this rank refuses, and `meet` raises it
-    everywhere.
+    everywhere. `refusing_together` does both.
     """
 
     def __init__(self):
@@ -138,6 +138,13 @@ class Ranks:
             yield
         except Refused as e:
             self.refusal = self.refusal or e
+
+    @contextlib.contextmanager
+    def refusing_together(self):
+        """What one rank refuses in this block is raised on all of them at its end."""
+        with self.hold_refusals():
+            yield
+        self.meet()
 
     def largest(self, *numbers):
         """The largest of each number over the ranks. They travel between CPUs, so that no rank waits for its GPU."""

@@ -140,7 +140,7 @@ class RunFolder:
     """
 
     def __init__(self, path, about, first=None, step=0):
-        self.path, self._log, self._named = path, None, False
+        self.path, self._log, self._lock_by_name = path, None, False
         self._writer, self._written = ThreadPoolExecutor(1), None  # _written: the Future of the newest checkpoint
         self.seconds_saving = 0.0
         refuse_unusable(path, resuming=first is None)
@@ -170,15 +170,15 @@ class RunFolder:
     def _claim(self):
         """Keeps other processes out: by a lock, or, where the file system has none, by the name in the lock's file."""
         me = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        self._named = not self._has_lock()
-        if self._named:
+        self._lock_by_name = not self._has_lock()
+        if self._lock_by_name:
             holder = holder_of(self.path / "lock")
             if holder and holder != me:
                 raise self._in_use()
             say(f"warning: the file system of {self.path} has no locks: until the run has ended, start no other there",
                 err=True)
         self._name_holder(json.dumps(me) + "\n")
-        if self._named:
+        if self._lock_by_name:
             time.sleep(0.2)  # another process may have written its name at the same moment
             if holder_of(self.path / "lock") != me:
                 raise self._in_use()
@@ -203,7 +203,7 @@ class RunFolder:
     def _in_use(self):
         holder = read_holder(self.path / "lock")
         by = "{process} on {host} since {since}".format(**holder) if holder else "of an earlier version"
-        until = f", or until {LEASE // 60} minutes after it was killed," if self._named else ""
+        until = f", or until {LEASE // 60} minutes after it was killed," if self._lock_by_name else ""
         return Refused(f"--run-dir {self.path} is in use by another process, {by}: "
                        f"wait for its end{until} or name another --run-dir")
 
@@ -222,7 +222,7 @@ class RunFolder:
     def log(self, entry):
         line = json.dumps(entry).encode() + b"\n"
         try:
-            if self._named:
+            if self._lock_by_name:
                 os.utime(self.path / "lock")  # the process is alive
             if self._log.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -286,7 +286,7 @@ class RunFolder:
         finally:
             self._writer.shutdown()
             self._log.close()
-            if self._named:
+            if self._lock_by_name:
                 self._name_holder("")
             self.lock.close()
 
@@ -316,11 +316,11 @@ def holder_of(path):
     """As read_holder, but None where that process has ended, or, on another host, where it is silent for LEASE."""
     holder = read_holder(path)
     if holder and holder["host"] == socket.gethostname():
-        return holder if runs(holder["process"]) else None
+        return holder if is_running(holder["process"]) else None
     return holder if holder and time.time() - path.stat().st_mtime < LEASE else None
 
 
-def runs(process):
+def is_running(process):
     try:
         os.kill(process, 0)
     except (OSError, OverflowError, TypeError):

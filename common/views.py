@@ -20,7 +20,7 @@ from torchvision.transforms import v2 as transforms
 
 from common.cli import Refused
 from common.data import generator, images_of_classes, uniforms
-from common.images import SMALL, read_image, resize_and_crop
+from common.images import SMALL_SIZE, read_image, resize_and_crop
 from common.objectives import OBJECTIVES
 
 # ---------------------------------------------------------------- views: a whole batch at once, parameters per image
@@ -74,7 +74,7 @@ def draw_view(n, size, augment, key, first=0, crop=True, crop_min=0.2, jitter=0.
     colours = torch.cat([factors, shift], 1)
     colours[u[:, 27] >= 0.8] = torch.tensor([1.0, 1.0, 1.0, 0.0])
     gray = u[:, 28] < 0.2
-    sigma = between(0.1, 2, u[:, 29]) * (u[:, 30] < 0.5) * (size > SMALL)
+    sigma = between(0.1, 2, u[:, 29]) * (u[:, 30] < 0.5) * (size > SMALL_SIZE)
     order = uniforms(1, 4, *key, "order").squeeze(0).argsort().tolist()
     if augment == "none" or not crop:
         box, flip = torch.tensor([0.0, 0.0, size, size]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
@@ -95,7 +95,7 @@ def make_view(images, view, mean, std):
         x = jitters[j](x, view.jitter[:, j, None, None, None])
     if view.order:
         x = torch.where(view.gray[:, None, None, None], luma(x), x)
-    if view.order and x.shape[-1] > SMALL:  # a look at sigma would wait for the device
+    if view.order and x.shape[-1] > SMALL_SIZE:  # a look at sigma would wait for the device
         x = torch.where(view.sigma[:, None, None, None] > 0, blur(x, view.sigma), x)
     return normalize(x, mean, std)
 
@@ -199,7 +199,7 @@ class WorkerViews(torch.utils.data.Dataset):
 
     def __init__(self, data, augment, crop_min=0.2):
         size = data.images.shape[-1]
-        policies = transforms.AutoAugmentPolicy.CIFAR10 if size <= SMALL else transforms.AutoAugmentPolicy.IMAGENET
+        policies = transforms.AutoAugmentPolicy.CIFAR10 if size <= SMALL_SIZE else transforms.AutoAugmentPolicy.IMAGENET
         crop = [transforms.RandomResizedCrop(size, scale=(crop_min, 1), antialias=True),
             transforms.RandomHorizontalFlip()]
         steps = {
@@ -235,7 +235,7 @@ def worker_batches(dataset, batches, workers):
         yield from source
     except (RuntimeError, OSError, EOFError) as e:
         gone = isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) or str(e).startswith("DataLoader worker")
-        if not gone or str(e).startswith("Caught "):  # which a worker says that is still there
+        if not gone or str(e).startswith("Caught "):  # such a message comes from a worker that is alive
             raise
         raise Refused("a process that reads images is gone, for want of memory perhaps: "
                       "lower --workers, or give /dev/shm more room") from e
@@ -321,7 +321,7 @@ class Batch:
         return torch.cat(made).contiguous(memory_format=torch.channels_last), torch.cat(labels)
 
     def seed_layers(self):
-        """So two passes over a part drop the same, and so does a run that goes on."""
+        """Makes dropout draw the same in both passes over a part, and in a run that goes on."""
         torch.manual_seed(generator("layers", *self.key, self.start).initial_seed())
 
     def mixed(self, view, v):

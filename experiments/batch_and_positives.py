@@ -7,7 +7,7 @@ other view of its own image. A batch in parts has the gradients of the whole one
 at a time.
 """
 
-from cells import COLOURS, Cell, Experiment, compared, main_of, spread, top1, trained, values
+from cells import COLOURS, Cell, Experiment, compared, main_of, spread, top1, training_words, values
 
 from common.cli import run_command
 
@@ -22,12 +22,12 @@ PANELS = {  # what is changed: the names of its cells, in the order of the pictu
 
 
 def cells(scale):
-    found = {BASE: trained(scale, "supcon")}
-    found |= {f"batch x {k:g}": trained(scale, "supcon", batch=k, lr=k) for k in (0.25, 0.5, 2, 4)}
-    found |= {f"views x {k:g}": trained(scale, "supcon", times=k) for k in (0.5, 2)}
-    found |= {f"cap {cap}": trained(scale, "supcon", words=f"--positives-cap {cap}") for cap in CAPS}
-    found["a queue"] = trained(scale, "supcon", words=f"--queue {32 * scale.batch}")
-    found["in parts"] = trained(scale, "supcon", words=f"--micro-batch {scale.batch // 4}")
+    found = {BASE: training_words(scale, "supcon")}
+    found |= {f"batch x {k:g}": training_words(scale, "supcon", batch=k, lr=k) for k in (0.25, 0.5, 2, 4)}
+    found |= {f"views x {k:g}": training_words(scale, "supcon", times=k) for k in (0.5, 2)}
+    found |= {f"cap {cap}": training_words(scale, "supcon", words=f"--positives-cap {cap}") for cap in CAPS}
+    found["a queue"] = training_words(scale, "supcon", words=f"--queue {32 * scale.batch}")
+    found["in parts"] = training_words(scale, "supcon", words=f"--micro-batch {scale.batch // 4}")
     return {name: Cell(words, seeds=2) for name, words in found.items()}
 
 

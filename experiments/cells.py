@@ -3,8 +3,8 @@
 An experiment is a table of cells. A cell is a training and a probe, written as the words of their command lines, and it
 runs once for each seed. Its result becomes a line of results/experiments/NAME-SCALE.jsonl. A cell that has its line is
 not run again, and a training that was stopped goes on from its checkpoint in runs/experiments: so an experiment can be
-ended and started again at any time. Its folder there has the name of its words, so that experiments with the same
-training share it. Two processes may share the work, each with --seed of its own.
+ended and started again at any time. A training's folder is named after its words, so experiments with the same training
+share it. Two processes may share the work, each with --seed of its own.
 """
 
 import contextlib
@@ -28,8 +28,9 @@ import linear_probe
 import pretrain
 from common.cli import NotFinite, Refused, say
 from common.figures import COLOURS, pyplot, save
+from common.metrics import topk
 from common.models import build_model
-from common.run_folder import load_checkpoint, load_state, newest_checkpoint
+from common.run_folder import is_finished, load_checkpoint, load_state, newest_checkpoint
 from common.views import draw_view, make_view
 
 # ---------------------------------------------------------------- how large
@@ -58,7 +59,7 @@ SCALES = {
 }
 
 
-def trained(scale, loss, *, views=2, lr=1, batch=1, times=1, words=""):
+def training_words(scale, loss, *, views=2, lr=1, batch=1, times=1, words=""):
     """The words of a training. lr, batch and times multiply the scale's rate, batch and number of views."""
     epochs = max(1, round(2 * times * scale.epochs / views))
     size, rate = round(batch * scale.batch), lr * scale.lr
@@ -69,7 +70,7 @@ def trained(scale, loss, *, views=2, lr=1, batch=1, times=1, words=""):
 
 
 class Cell(NamedTuple):
-    train: str  # words of pretrain.py; what they say comes after the scale's, and so before it in rank
+    train: str  # words of pretrain.py: they follow the scale's and override them
     probe: str = ""
     measure: Callable = None  # of the run's folder: a dict of further results
     seeds: int = None  # instead of the scale's
@@ -109,8 +110,7 @@ def train_run(words, folder):
 def is_trained(folder):
     """Whether the run in the folder has taken its last step."""
     contents, _ = newest_checkpoint(folder)
-    options = contents["config"]
-    return contents["step"] == options["epochs"] * (contents["images"] // options["batch"])
+    return is_finished(contents, contents["config"]["epochs"])
 
 
 def command(stage, words):
@@ -150,11 +150,19 @@ def model_of(folder, trained=True):
 def views_of_test_images(contents, count, augment, views):
     """(x, labels) of the first test images, view by view, as the run of the checkpoint would see them."""
     config = contents["config"]
-    data = common.data.load_data(config["dataset"], config["data"], False, size=config["size"], limit=count)
+    data = common.data.load_data(config["dataset"], config["data"], train=False, size=config["size"], limit=count)
     size, crop_min, mean, std = config["size"], config["crop_min"], contents["mean"], contents["std"]
     drawn = [draw_view(len(data.labels), size, augment, (config["seed"], 12, v), crop_min=crop_min)
              for v in range(views)]
     return torch.cat([make_view(data.images, view, mean, std) for view in drawn]), data.labels.repeat(views)
+
+
+@torch.no_grad()
+def classifier_top1(folder):
+    """Top-1 on the test set of the classifier that a run has trained beside its encoder."""
+    model, contents = model_of(folder)
+    x, labels = views_of_test_images(contents, None, "none", 1)
+    return topk(torch.cat([model.eval()(part)[1] for part in x.split(500)]), labels, 1)
 
 
 # ---------------------------------------------------------------- all cells
@@ -287,7 +295,7 @@ def as_markdown(head, rows):
 
 def write_report(experiment, scale_name, folder):
     """Writes the table and the picture of the results in `folder` beside them, and returns the claims."""
-    path = folder / f"{experiment.name}-{scale_name}.jsonl"
+    scale, path = SCALES[scale_name], folder / f"{experiment.name}-{scale_name}.jsonl"
     results = read(path)
     found = by_cell(results)
     seeds = ", ".join(map(str, sorted(set(values(results, "seed")))))
@@ -296,7 +304,8 @@ def write_report(experiment, scale_name, folder):
     text = [
         f"# {experiment.title}",
         f"`python experiments/{experiment.name}.py --scale {scale_name}`; seeds {seeds}, mean ± standard deviation.",
-        f"All cells: `{SCALES[scale_name].train}`, and {SCALES[scale_name].epochs} epochs of two views.",
+        f"All trainings: `{scale.train}`, and {scale.epochs} epochs of two views unless the setting says otherwise.",
+        f"All probes: `python linear_probe.py RUN {scale.probe}`.",
         as_markdown(*experiment.table(found)),
         as_markdown(["claim", "paper", "here", "held?"], claims) if claims else "No claim can be judged yet.",
         f"![{experiment.title}]({path.stem}.png)",
@@ -315,8 +324,8 @@ def main_of(experiment):
 
     @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
     @click.option("--scale", type=click.Choice(list(SCALES)), default="cpu", help="How large.")
-    @click.option("--seed", type=int, multiple=True, help="Run these seeds alone.", show_default="the scale's")
-    @click.option("--only", default="", help="Run the cells alone whose name contains this.")
+    @click.option("--seed", type=int, multiple=True, help="Run only these seeds.", show_default="the scale's")
+    @click.option("--only", default="", help="Run only the cells whose name contains this.")
     @click.option("--train", "more", default="", help="Words for every training, such as '--data FOLDER'.")
     @click.option("--results", type=FOLDER, default="results/experiments", help="Folder of the results.")
     @click.option("--runs", type=FOLDER, default="runs/experiments", help="Folder of the trainings.")

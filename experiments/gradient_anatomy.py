@@ -3,12 +3,13 @@
     python experiments/gradient_anatomy.py --scale cpu
 
 What a row contributes to an anchor's gradient has the norm sqrt(1 - s^2) / tau times |P - X| for a positive, and times
-P for a negative. It is measured beside. A positive at s = 1 is easy: the anchor is there already. At s = 0 it is hard.
+P for a negative. The picture shows the measured norms beside this formula. A positive at s = 1 is easy: the anchor is
+there already. At s = 0 it is hard.
 """
 
 import torch
 import torch.nn.functional as F
-from cells import COLOURS, Cell, Claim, Experiment, main_of, model_of, trained, views_of_test_images
+from cells import COLOURS, Cell, Claim, Experiment, main_of, model_of, training_words, views_of_test_images
 
 import losses
 from common.cli import run_command
@@ -19,7 +20,7 @@ IMAGES, ANCHORS = 64, 16  # in a batch of two views; of its anchors the first on
 
 
 def cells(scale):
-    return {"SupCon": Cell(trained(scale, "supcon"), measure=measure, seeds=1)}
+    return {"SupCon": Cell(training_words(scale, "supcon"), measure=measure, seeds=1)}
 
 
 def measure(folder):

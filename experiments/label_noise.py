@@ -6,7 +6,7 @@ A wrong label is any other one with equal chance. The encoder alone learns from 
 the true labels.
 """
 
-from cells import COLOURS, Cell, Experiment, compared, main_of, spread, top1, trained, values
+from cells import COLOURS, Cell, Experiment, compared, main_of, spread, top1, training_words, values
 
 from common.cli import run_command
 
@@ -16,7 +16,7 @@ LOSSES = {"SupCon": ("supcon", {}), "cross-entropy": ("ce", {"views": 1, "lr": 0
 
 def cells(scale):
     noise = {part: f"--label-noise {part:g}" if part else "" for part in PARTS}
-    return {name_of(name, part): Cell(trained(scale, loss, words=noise[part], **more), seeds=2)
+    return {name_of(name, part): Cell(training_words(scale, loss, words=noise[part], **more), seeds=2)
             for part in PARTS for name, (loss, more) in LOSSES.items()}
 
 

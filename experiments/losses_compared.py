@@ -3,18 +3,18 @@
     python experiments/losses_compared.py --scale cpu
 """
 
-from cells import Cell, Experiment, bars, compared, main_of, spread, top1, trained
+from cells import Cell, Experiment, bars, compared, main_of, spread, top1, training_words
 
 from common.cli import run_command
 
-COLOURS = "--augment sim"  # of crops alone, two views of an image are told by their histograms
+SIM = "--augment sim"  # with crops only, NT-Xent could match two views of an image by their colour histograms
 LOSSES = {  # name: (loss, what goes with it)
     "SupCon, L_out": ("supcon", {}),
     "cross-entropy": ("ce", {"views": 1, "lr": 0.5}),
     "SupCon, L_in": ("supcon-in", {}),
     "SupCon, one positive": ("supcon", {"words": "--denominator one_positive"}),
     "SupCon + cross-entropy": ("supcon", {"words": "--ce-weight 0.5"}),
-    "NT-Xent": ("simclr", {"lr": 0.3, "words": COLOURS}),
+    "NT-Xent": ("simclr", {"lr": 0.3, "words": SIM}),
     "triplet": ("triplet", {"lr": 0.5}),
     "N-pair": ("n-pair", {"views": 1, "lr": 0.1}),
     "max-margin": ("max-margin", {"lr": 0.5}),
@@ -25,7 +25,7 @@ LOSSES = {  # name: (loss, what goes with it)
 
 
 def cells(scale):
-    return {name: Cell(trained(scale, loss, **more)) for name, (loss, more) in LOSSES.items()}
+    return {name: Cell(training_words(scale, loss, **more)) for name, (loss, more) in LOSSES.items()}
 
 
 def table(found):

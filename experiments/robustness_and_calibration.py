@@ -2,8 +2,8 @@
 
     python experiments/robustness_and_calibration.py --scale cpu
 
-What is better on clean images is mostly better on corrupted ones too. So SupCon stands also beside a cross-entropy that
-trained so long that both are as good on clean images, or as nearly as any of these.
+What is better on clean images is mostly better on corrupted ones too. So SupCon is also compared with that one of
+several shorter trainings by cross-entropy whose clean accuracy is nearest to its own.
 """
 
 import functools
@@ -11,7 +11,7 @@ import os
 import shlex
 import statistics
 
-from cells import COLOURS, Cell, Claim, Experiment, command, is_above, main_of, spread, trained, values
+from cells import COLOURS, Cell, Claim, Experiment, command, is_above, main_of, spread, training_words, values
 
 import robustness
 from common.cli import run_command
@@ -22,8 +22,8 @@ SUPCON, CE = "SupCon", "cross-entropy, {:g} x"
 
 
 def cells(scale):
-    found = {SUPCON: trained(scale, "supcon")}
-    found |= {CE.format(times): trained(scale, "ce", views=1, lr=0.5, times=times) for times in TIMES}
+    found = {SUPCON: training_words(scale, "supcon")}
+    found |= {CE.format(times): training_words(scale, "ce", views=1, lr=0.5, times=times) for times in TIMES}
     measure = functools.partial(corrupted, TESTED * scale.batch)
     return {name: Cell(words, measure=measure, seeds=2) for name, words in found.items()}
 

@@ -2,14 +2,14 @@
 
     python experiments/stability.py --scale cpu
 
-One setting is changed at a time. A spread of accuracies at a high mean and one at a low mean are hard to compare: a
-point weighs more where few errors are left. So the spread is also given in parts of the mean error. Of a training that
-diverged the last good checkpoint is probed.
+One setting is changed at a time, and every training encodes half the scale's views. A spread of accuracies at a high
+mean and one at a low mean are hard to compare: a point weighs more where few errors are left. So the spread is also
+divided by the mean error. If a training diverges, its last good checkpoint is probed.
 """
 
 import statistics
 
-from cells import COLOURS, Cell, Claim, Experiment, is_above, main_of, spread, top1, trained, values
+from cells import COLOURS, Cell, Claim, Experiment, is_above, main_of, spread, top1, training_words, values
 
 from common.cli import run_command
 
@@ -20,7 +20,7 @@ GROUPS = {  # of settings: {name: what goes with it}; BASE is crops, SGD and the
     "optimiser": {"LARS": {"lr": 10, "words": LARS}, "RMSProp": {"lr": 0.03, "words": RMSPROP}},
     "learning rate": {f"rate x {lr:g}": {"lr": lr} for lr in (0.1, 0.3, 3, 10)},
 }
-LOSSES = {"SupCon": ("supcon", 2, 1), "cross-entropy": ("ce", 1, 0.5)}  # name: (loss, views, rate in the scale's parts)
+LOSSES = {"SupCon": ("supcon", 2, 1), "cross-entropy": ("ce", 1, 0.5)}  # name: (loss, views, multiple of the rate)
 
 
 def cells(scale):
@@ -30,7 +30,7 @@ def cells(scale):
 
 
 def with_setting(scale, loss, views, rate, lr=1, words=""):
-    return trained(scale, loss, views=views, lr=rate * lr, times=0.5, words=words)
+    return training_words(scale, loss, views=views, lr=rate * lr, times=0.5, words=words)
 
 
 def group_of(found, loss, group):
@@ -44,7 +44,7 @@ def deviation(numbers):
 
 
 def relative_deviation(accuracies):
-    """The standard deviation of accuracies in percent, in parts of the mean error."""
+    """The standard deviation of accuracies in percent, divided by the mean error."""
     return deviation(accuracies) / max(100 - statistics.mean(accuracies), 1e-9)
 
 
@@ -87,7 +87,7 @@ def draw(plt, found):
 
 
 def by_seed(found, loss):
-    """For each seed the deviation of the loss's accuracies over all settings, and that in parts of the mean error. A
+    """For each seed the deviation of the loss's accuracies over all settings, and this divided by the mean error. A
     seed of which some settings are still to be run is left out."""
     seeds = {}
     for name, results in found.items():
@@ -108,8 +108,8 @@ def claims(found):
             for key, word in words.items()]
 
 
-EXPERIMENT = Experiment("stability", "Accuracy over augmentations, optimisers and learning rates", cells, table, draw,
-                        claims)
+TITLE = "Accuracy over augmentations, optimisers and learning rates, with half the views"
+EXPERIMENT = Experiment("stability", TITLE, cells, table, draw, claims)
 
 if __name__ == "__main__":
     run_command(main_of(EXPERIMENT))

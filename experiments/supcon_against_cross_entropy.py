@@ -7,7 +7,7 @@ are trained again with all of them, with a quarter of the search's views, as man
 once. The best one of each is trained once more with sixteen times as many.
 """
 
-from cells import COLOURS, Cell, Experiment, compared, main_of, spread, top1, trained, values
+from cells import COLOURS, Cell, Experiment, compared, main_of, spread, top1, training_words, values
 
 from common.cli import run_command
 
@@ -28,7 +28,7 @@ SEARCHED = {  # of SupCon, one setting changed at a time
     "queue 4096": {"words": "--queue 4096"},
     "one positive": {"words": "--denominator one_positive"},
 }
-RATES = 0.25, 0.5, 1, 2  # of cross-entropy, in parts of SupCon's
+RATES = 0.25, 0.5, 1, 2  # of cross-entropy, as multiples of SupCon's
 BEST = {  # the two best of each loss in the search with seed 0, the best one first
     "SupCon, queue": ("supcon", {"words": "--queue 4096"}),
     "SupCon, 1 view": ("supcon", {"views": 1}),
@@ -40,15 +40,15 @@ LONGEST = 16  # for one seed of the best setting of each loss
 
 
 def cells(scale):
-    search = {f"SupCon, {name}": trained(scale, "supcon", **more) for name, more in SEARCHED.items()}
-    search |= {f"cross-entropy, lr x {lr:g}": trained(scale, "ce", views=1, lr=lr) for lr in RATES}
+    search = {f"SupCon, {name}": training_words(scale, "supcon", **more) for name, more in SEARCHED.items()}
+    search |= {f"cross-entropy, lr x {lr:g}": training_words(scale, "ce", views=1, lr=lr) for lr in RATES}
     found = {f"search: {name}": Cell(f"{words} --subset 0.9", "--validate", seeds=1) for name, words in search.items()}
     for times in TIMES:
         for name, (loss, more) in BEST.items():
-            found[at(name, times)] = Cell(trained(scale, loss, times=times, **more))
+            found[at(name, times)] = Cell(training_words(scale, loss, times=times, **more))
     for name in ("SupCon, queue", "cross-entropy, lr x 1"):
         loss, more = BEST[name]
-        found[at(name, LONGEST)] = Cell(trained(scale, loss, times=LONGEST, **more), seeds=1)
+        found[at(name, LONGEST)] = Cell(training_words(scale, loss, times=LONGEST, **more), seeds=1)
     return found
 
 

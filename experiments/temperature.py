@@ -11,7 +11,8 @@ import statistics
 from types import SimpleNamespace
 
 import torch
-from cells import COLOURS, Cell, Experiment, compared, main_of, model_of, spread, trained, values, views_of_test_images
+from cells import COLOURS, Cell, Experiment, compared, main_of, model_of, spread, training_words, values
+from cells import views_of_test_images
 
 import losses
 from common.cli import run_command
@@ -32,7 +33,7 @@ def cells(scale):
 
 
 def cell(scale, loss, words):
-    return Cell(trained(scale, loss, lr=0.3, words=f"--augment sim {words}"), measure=measure, seeds=2)
+    return Cell(training_words(scale, loss, lr=0.3, words=f"--augment sim {words}"), measure=measure, seeds=2)
 
 
 @torch.no_grad()

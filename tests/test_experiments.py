@@ -22,7 +22,7 @@ import report
 import robustness_and_calibration
 import stability
 import temperature
-from cells import Cell, Experiment, Scale, is_above, trained
+from cells import Cell, Experiment, Scale, is_above, training_words
 from children import Launch
 
 pytestmark = pytest.mark.seeds_torch
@@ -52,7 +52,7 @@ def test_lr_batch_and_views_multiply_the_scales():
     scale = Scale("", 128, 0.2, 4, "", 3)
     of = lambda words: pretrain.main.make_context("pretrain", shlex.split(words)).params
     names = "loss", "views", "epochs", "batch", "lr"
-    values = lambda **more: tuple(of(trained(scale, "ce", **more))[name] for name in names)
+    values = lambda **more: tuple(of(training_words(scale, "ce", **more))[name] for name in names)
     assert values() == ("ce", 2, 4, 128, 0.2)
     assert values(views=1, lr=0.5) == ("ce", 1, 8, 128, 0.1)  # the same number of views
     assert values(times=0.25, batch=2) == ("ce", 2, 1, 256, 0.2)
@@ -99,7 +99,7 @@ def test_what_rows_contribute_to_a_gradient_has_the_norms_of_the_closed_form():
 
 
 def two_cells(scale):
-    return {"a": Cell(trained(scale, "supcon", times=3)), "b": Cell(trained(scale, "ce", views=1, times=3))}
+    return {"a": Cell(training_words(scale, "supcon", times=3)), "b": Cell(training_words(scale, "ce", views=1, times=3))}
 
 
 TWO = Experiment("two", "two cells", two_cells, None, None, None)
@@ -182,7 +182,7 @@ def test_experiments_with_the_same_training_share_it_and_each_reads_its_images_o
 
 def test_of_a_training_that_diverged_the_last_good_checkpoint_is_probed(tmp_path):
     rates = {"wild": 1e10, "tame": 1}
-    wild = TWO._replace(cells=lambda scale: {name: Cell(trained(scale, "ce", lr=lr)) for name, lr in rates.items()})
+    wild = TWO._replace(cells=lambda scale: {name: Cell(training_words(scale, "ce", lr=lr)) for name, lr in rates.items()})
     cells.run_all(wild, "smoke", (), "", tmp_path, tmp_path / "runs", "")
     results = cells.read(tmp_path / "two-smoke.jsonl")
     assert [(result["cell"], result["diverged"]) for result in results] == [("wild", True), ("tame", False)]

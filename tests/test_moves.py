@@ -54,7 +54,7 @@ def batches(data, first=0, rank=0, world=1, **options):
     source = common.views.make_batches(config, data, ranks, torch.zeros(3), torch.ones(3), first)
     for batch in source:
         parts = [part.views() for part in batch.parts(config.micro_batch or len(batch))]
-        yield [pretrain.join(rows, V).unflatten(0, (V, -1)) for rows in zip(*parts)]
+        yield [pretrain.join_parts(rows, V).unflatten(0, (V, -1)) for rows in zip(*parts)]
 
 
 @pytest.fixture(autouse=True)

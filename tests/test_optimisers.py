@@ -37,7 +37,7 @@ def test_step_exponential_and_constant_by_hand():
     assert step == pytest.approx([0.5, 0.5, 0.05, 0.005, 0.0005, 0.0005])
     probe = [
         common.optim.learning_rate(
-            config(schedule="step", warmup=0.0, epochs=100, lr=5.0), s, 1, marks=(0.6, 0.75, 0.9), factor=0.2
+            config(schedule="step", warmup=0.0, epochs=100, lr=5.0), s, 1, milestones=(0.6, 0.75, 0.9), gamma=0.2
         )
         for s in (59, 60, 75, 90)
     ]

@@ -165,11 +165,11 @@ def test_imagenets_preset_runs_to_its_probe_on_a_folder_of_jpegs(tmp_path):
 def test_options_override_a_preset_and_what_is_bound_to_them():
     given = {"loss": "ce", "lr": 0.3, "epochs": 5}
     wanted = given | {"recipe": "imagenet-supcon-r50"}
-    taken = common.config.of_preset(wanted, set(given))
+    taken = common.config.options_of_preset(wanted, set(given))
     assert not {"loss", "tau", "loss_scale", "projection", "lr", "lr_per_256", "epochs", "warmup"} & taken.keys()
     assert taken["optimizer"] == "lars" and taken["batch"] == 6144
     assert (
-        common.config.of_preset(wanted | {"loss": "supcon"}, {"loss"})["tau"] == 0.1
+        common.config.options_of_preset(wanted | {"loss": "supcon"}, {"loss"})["tau"] == 0.1
     )  # given, but as the preset has it
 
 

@@ -101,7 +101,7 @@ def test_commands_of_the_results_are_those_of_the_runs():
             continue
         name = Path(words[words.index("--run-dir") + 1]).name
         recorded = json.loads((PROJECT / "results" / name / "config.json").read_text())["options"]
-        expected = dataclasses.asdict(common.config.of_checkpoint({"config": recorded}))
+        expected = dataclasses.asdict(common.config.config_of_checkpoint({"config": recorded}))
         context = pretrain.main.make_context(path, list(words))
         given = {k: v for k, v in context.params.items() if k != "resume"}
         config, _ = common.config.read(context, None, given)

@@ -235,7 +235,7 @@ def other_classes(here, probed, folder):
     return (
         folder,
         ["--corrupted", imagenet_c(here / "c", common.corruptions.NAMES[:2], classes=("a", "b", "c"))],
-        "holds 3 classes that are not, by name, the 2",
+        "the names of the 3 classes in",
     )
 
 
@@ -279,7 +279,7 @@ def more_labels_than_test_images(here, probed, folder):
     return (
         probed,
         ["--corrupted", cifar10_c_with(here, labels=np.arange(50_000) % 10)],
-        "are not the labels of the test set",
+        "does not hold the labels of the classifier's test set",
     )
 
 
@@ -287,7 +287,7 @@ def labels_of_another_test_set(here, probed, folder):
     return (
         probed,
         ["--corrupted", cifar10_c_with(here, labels=np.arange(300) % 10)],
-        "are not the labels of the test set",
+        "does not hold the labels of the classifier's test set",
     )
 
 
