@@ -99,7 +99,8 @@ def test_what_rows_contribute_to_a_gradient_has_the_norms_of_the_closed_form():
 
 
 def two_cells(scale):
-    return {"a": Cell(training_words(scale, "supcon", times=3)), "b": Cell(training_words(scale, "ce", views=1, times=3))}
+    words = {"a": training_words(scale, "supcon", times=3), "b": training_words(scale, "ce", views=1, times=3)}
+    return {name: Cell(train) for name, train in words.items()}
 
 
 TWO = Experiment("two", "two cells", two_cells, None, None, None)
@@ -182,7 +183,8 @@ def test_experiments_with_the_same_training_share_it_and_each_reads_its_images_o
 
 def test_of_a_training_that_diverged_the_last_good_checkpoint_is_probed(tmp_path):
     rates = {"wild": 1e10, "tame": 1}
-    wild = TWO._replace(cells=lambda scale: {name: Cell(training_words(scale, "ce", lr=lr)) for name, lr in rates.items()})
+    cells = lambda scale: {name: Cell(training_words(scale, "ce", lr=lr)) for name, lr in rates.items()}
+    wild = TWO._replace(cells=cells)
     cells.run_all(wild, "smoke", (), "", tmp_path, tmp_path / "runs", "")
     results = cells.read(tmp_path / "two-smoke.jsonl")
     assert [(result["cell"], result["diverged"]) for result in results] == [("wild", True), ("tame", False)]
