@@ -212,7 +212,8 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
     dataset, data = dataset or own_dataset, data or own_data
     elsewhere = data != own_data and dataset in (own_dataset, "folder")
     if validate and (elsewhere or limit or dataset != own_dataset):
-        raise Refused("--validate takes the run's own images: leave --dataset, --data and --limit out")
+        raise Refused("--validate takes the run's own images: leave --dataset, --data and --limit out "
+                      "(if they have moved, pretrain.py --resume RUN --data DIR notes their new place)")
     kind = suffix(
         checkpoint.stem.startswith("epoch-") and checkpoint.stem,
         dataset != own_dataset and dataset,
@@ -428,8 +429,8 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     result = {"checkpoint": str(job.checkpoint), "step": job.frozen.step, "dataset": job.dataset, "data": job.place}
     result |= {"tested_on": job.tested_on, "recipe": recipe} | measure(job, fitted, features, fit.seed) | seconds
     result |= {"fit": vars(fit) | more, "torch": torch.__version__}
-    report(result, job.frozen.config["loss"])
     write_json(folder / f"probe{job.kind}.json", result)
+    report(result, job.frozen.config["loss"])
     if figure:
         r, y = features.r_test, features.y_test
         table = confusion(fitted.classifier(r), y)

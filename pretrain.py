@@ -204,7 +204,7 @@ class Run:
 
     def __init__(self, config, data, ranks, resumed=None):
         """resumed: the contents of a checkpoint, whose state this run takes over."""
-        self.config, self.step = config, 0
+        self.config, self.device, self.step = config, ranks.device, 0
         self.classes, self.images = list(data.classes), len(data.labels)
         self.checksum = checksum(data, config.data)
         self.steps_per_epoch = self.images // config.batch
@@ -379,7 +379,6 @@ def read_on_first(context, resume, options, ranks):
     config, contents = ranks.from_first(found)
     with ranks.refusing_together():
         ranks.use(choose_device(config.device))
-    config.device = str(ranks.device)
     return config, contents
 
 

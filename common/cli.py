@@ -108,12 +108,19 @@ def on_terminal():
 
 
 def write(words, end, err=False):
+    stream = sys.stderr if err else sys.stdout
     try:
-        click.echo(f"{words}{end}", nl=False, err=err)
+        click.echo(printable(f"{words}{end}", stream.encoding), nl=False, err=err)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, (sys.stderr if err else sys.stdout).fileno())
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+def printable(words, encoding=None):
+    """The words with ? for what the encoding cannot write, such as names of files in another one."""
+    encoding = encoding or "utf-8"
+    return words.encode(encoding, "replace").decode(encoding)
 
 
 RENAMED = {  # options of earlier versions, and what took their place

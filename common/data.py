@@ -114,6 +114,8 @@ def load(config, download, with_test):
             test = with_classes_of(data, test, config.data)
     if config.subset < 1:
         data = take(data, stratified(data.labels, config.subset, generator("subset", config.seed)))
+        if config.stream:
+            data = data._replace(images=read_square(data.files[:SAMPLE], config.size))
     if config.label_noise:
         noisy = with_label_noise(data.labels, config.label_noise, len(data.classes), generator("noise", config.seed))
         config.noisy_labels = int((noisy != data.labels).sum())
@@ -126,7 +128,7 @@ def load_data(dataset, root, train, *, size=None, download=True, limit=None, str
 
     stream: hold the names of a folder's files and the pixels of a sample alone, for a folder larger than memory.
     table: a CSV file with the labels of a folder's images, which then lie anywhere in it.
-    Raises Missing where the set is not there, and Refused where it cannot be read.
+    Raises Missing where a folder has no such set, and Refused where a set cannot be read.
     """
     if dataset == "shapes":
         return shapes(min(10_000 if train else 2_000, limit or 10_000), size or 32, seed=int(train))
@@ -150,7 +152,7 @@ def load_data(dataset, root, train, *, size=None, download=True, limit=None, str
     except Exception as e:  # a download, a wrong checksum, a damaged file: torchvision's readers have no common error
         way = f"put {FILES[dataset]} there by hand" + ("" if download else ", or let --download fetch it")
         reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
-        raise Missing(f"--dataset {dataset} is not in --data {root} ({reason}): {way}") from e
+        raise Refused(f"--dataset {dataset} is not in --data {root} ({reason}): {way}") from e
     images, labels = images[:limit].contiguous(), torch.as_tensor(np.asarray(labels)[:limit], dtype=torch.long)
     return Data(resize_square(images, size) if size else images, labels, list(classes))
 
@@ -197,19 +199,21 @@ def load_folder(folder, size, limit=None, stream=False):
     order = torch.randperm(len(folder.files), generator=generator("folder"))[:limit].tolist()
     files, labels = [folder.files[i] for i in order], [folder.labels[i] for i in order]
 
-    def load(path):
-        return resize_and_crop(read_image(path), size)
+    images = read_square(files[:SAMPLE] if stream else files, size)
+    return Data(images, torch.tensor(labels), folder.classes, files if stream else None, files)
 
-    n = min(SAMPLE, len(files)) if stream else len(files)
+
+def read_square(files, size):
+    """The images of the files, resized and cropped: (n, 3, size, size) uint8."""
     try:
-        images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+        images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     except RuntimeError as e:
-        raise Refused(f"{n} images at --size {size} do not fit into memory: "
+        raise Refused(f"{len(files)} images at --size {size} do not fit into memory: "
                       "lower --size or --limit, or try --stream") from e
     with ThreadPoolExecutor() as pool:
-        for row, image in enumerate(pool.map(load, files[:n])):
+        for row, image in enumerate(pool.map(lambda path: resize_and_crop(read_image(path), size), files)):
             images[row] = image
-    return Data(images, torch.tensor(labels), folder.classes, files if stream else None, files)
+    return images
 
 
 def take(data, rows):

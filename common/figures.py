@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import torch
 
-from common.cli import Refused, run_command
+from common.cli import Refused, printable, run_command
 
 
 def pyplot():
@@ -79,7 +79,7 @@ def floor_and_collapse(run, steps):
 
 def draw_probe(path, result, confusion, r, labels, classes):
     """Draws reliability, features r (n, D) on two main axes, and the confusion matrix (percent of the true class)."""
-    plt = pyplot()
+    plt, classes = pyplot(), list(map(printable, classes))
     figure, axes = plt.subplot_mosaic([["reliability", "features"], ["confusion", "confusion"]], figsize=(9, 11),
                                       height_ratios=[2, 3], layout="constrained")
     draw_reliability(axes["reliability"], result)
@@ -166,8 +166,9 @@ def read_log(run):
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 def main(runs):
-    """Draw the learning curves of RUNS, folders of pretrain.py."""
-    click.echo(learning_curves(runs))
+    """Draw the learning curves of RUNS, folders of pretrain.py. Others among them are passed over."""
+    begun = [run for run in runs if (run / "log.jsonl").exists()]
+    click.echo(learning_curves(begun or runs))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 from common.cli import Refused, say
-from common.models import OURS, has_stem
+from common.models import OURS, has_stem, with_versions
 from common.run_folder import CHECKPOINT, FORMAT, checkpoint_of, is_there, require_entries
 
 PUBLISHED = "torchvision"  # as the value of --init: the weights that torchvision publishes
@@ -54,7 +54,7 @@ def start_from(encoder, config):
     if any(differ):
         raise Refused(f"--init {config.init} is not of the encoder {config.arch}: {'; '.join(filter(None, differ))}. "
                       "Name its weights, or their --arch")
-    encoder.load_state_dict(own | taken)
+    encoder.load_state_dict(with_versions(own | taken, encoder))
     words = [f"encoder from {config.init}: {len(taken)} of {len(own)} entries"]
     words += [f"the stem starts fresh, for {both_shapes(name, own, entries)}" for name in fresh]
     words += [f"not taken is what comes after r, {first_of(behind_r)}"] if behind_r else []

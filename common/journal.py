@@ -1,6 +1,7 @@
 """What rank 0 writes of a run: the log, the progress line, the checkpoints."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -26,6 +27,8 @@ def open_journal(run, data, test, ranks, resumed):
     if resumed:
         lr = learning_rate(run.config, run.step, run.steps_per_epoch)
         say(f"going on from step {run.step} of {run.total_steps} at a learning rate of {lr:.4g}")
+        if resumed["config"] != dataclasses.asdict(run.config):
+            journal.save(run)  # else a run that ends before its first save would forget what was changed
     return journal
 
 
@@ -35,7 +38,7 @@ def announce(run, data, test, world):
     stem = f"{config.stem} stem, " if config.stem else ""
     precision = f"{str(run.autocast).removeprefix('torch.')} autocast" if run.autocast else "no autocast"
     say(f"{config.dataset}: {len(data.labels)} images of {size} x {size}, {len(data.classes)} classes; {config.arch}, "
-        f"{stem}{weights:.2f} M weights, {config.device} x {world}, {precision}")
+        f"{stem}{weights:.2f} M weights, {run.device} x {world}, {precision}")
     tau = "" if config.tau is None else f", tau {config.tau}, loss scale {config.loss_scale:.4f}"
     say(f"{config.loss}{tau}; batch {config.batch} x {config.views} views, {config.epochs} epochs, lr {config.lr:.4g} "
         f"after {config.warmup:g} epochs of warm-up; {config.run}")
@@ -81,7 +84,7 @@ class Losses:
 class Journal:
     """Notes steps and epochs of a `run` and saves its checkpoints. Its methods raise Refused where the run must end.
 
-    run: an object with config, step, steps_per_epoch, total_steps, ends_epoch, and checkpoint(losses, seconds).
+    run: an object with config, device, step, steps_per_epoch, total_steps, ends_epoch, and checkpoint(losses, seconds).
     resumed: the contents of the checkpoint that the run goes on from, or None. collapse, floor: see collapse_and_floor.
     """
 
@@ -91,7 +94,7 @@ class Journal:
         self.entry, self.lr, self.shown = None, None, 0.0
         self.sound = True  # see `writing`
         first = None if resumed else run.checkpoint([], 0.0)
-        about = describe_run(run.config, world) | {"collapse": collapse, "floor": floor}
+        about = describe_run(run.config, run.device, world) | {"collapse": collapse, "floor": floor}
         self.folder = RunFolder(Path(run.config.run), about, first, run.step)
         wanted = run.config.tensorboard  # its reader passes over what an earlier part wrote after this step
         self.board = summary_writer()(run.config.run, purge_step=run.step + 1) if wanted else None

@@ -41,7 +41,8 @@ def read_table(table):
             lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise Refused(f"--labels {str(table)[:80]} cannot be read ({getattr(e, 'strerror', None) or e}): "
-                      "name a CSV file in UTF-8") from e
+                      "name a CSV file in UTF-8; of a run whose files have moved, pretrain.py --resume RUN "
+                      "--data DIR --labels FILE notes their new place") from e
     if head not in COLUMNS:
         raise Refused(f"--labels {table} begins with {','.join(head)[:60]!r}: its first line must be path,label or "
                       "path,label,split")

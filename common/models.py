@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -224,6 +225,14 @@ class Queue:
         return {"model": self.model.state_dict(), "z": self.z, "y": self.y}
 
     def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(with_versions(state["model"], self.model))
         device = next(self.model.parameters()).device
         self.z, self.y = (None if v is None else v.to(device) for v in (state["z"], state["y"]))
+
+
+def with_versions(entries, module):
+    """The entries of a module with the versions of their layouts, which a checkpoint does not hold: some of
+    torchvision's models cannot be loaded without them."""
+    state = OrderedDict(entries)
+    state._metadata = module.state_dict()._metadata
+    return state

@@ -26,6 +26,7 @@ import torch
 import torchvision
 
 from common.cli import Refused, say
+from common.models import with_versions
 
 try:
     import fcntl
@@ -97,6 +98,7 @@ def is_finished(contents, epochs):
 def load_state(module, state, path):
     """Loads the state of a module or optimizer from the checkpoint at `path`. It must have exactly its entries."""
     try:
+        state = with_versions(state, module) if isinstance(module, torch.nn.Module) else state
         module.load_state_dict(state)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as e:
         raise Refused(f"{path} does not hold the weights that its own options name: "
@@ -409,17 +411,17 @@ def step_of(line):
         return math.inf
 
 
-def describe_run(config, world):
+def describe_run(config, device, world):
     """What config.json holds: every option, and what the numbers were made with."""
     try:
         describe = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git
         commit = None
-    device = torch.cuda.get_device_name() if config.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     return {
         "options": dataclasses.asdict(config),
-        "device": device,
+        "device": name,
         "world": world,
         "threads": torch.get_num_threads(),
         "commit": commit or None,

@@ -76,20 +76,26 @@ class Cell(NamedTuple):
     seeds: int = None  # instead of the scale's
 
 
-def run_cell(name, cell, scale, seed, folder, more):
-    """Trains and probes, and returns the result, a dict. folder: the run's. more: further words for the training."""
-    train = f"{scale.train} {more} {cell.train} --seed {seed}"
+def run_cell(name, cell, scale, seed, folder):
+    """Trains and probes, and returns the result, a dict. folder: the run's."""
+    train, probe = words_of(cell, scale, seed)
     diverged = train_run(train, folder)
     if not (diverged or is_trained(folder)):
         raise Refused(f"stopped in the cell {name}, seed {seed}: the same command goes on")
     about = json.loads((folder / "config.json").read_text())
     options = about["options"]
-    probed = command(linear_probe, f"{shlex.quote(str(folder))} {scale.probe} {cell.probe}")
+    probed = command(linear_probe, f"{shlex.quote(str(folder))} {probe}")
     result = {"cell": name, "seed": seed, "top1": probed["top1"], "knn": probed["knn_top1"], "ece": probed["ece"]}
     result |= {key: probed[key] for key in ("alignment", "uniformity", "tolerance", "train_top1", "held_out_top1")}
     result |= {"loss": options["loss"], "epochs": options["epochs"], "diverged": diverged}
     result |= cell.measure(folder) if cell.measure else {}
-    return result | {"train": train, "probe": f"{scale.probe} {cell.probe}".strip(), "place": place(about)}
+    return result | {"train": train, "probe": probe, "place": place(about)}
+
+
+def words_of(cell, scale, seed):
+    """The words of the training and of the probe."""
+    of_probe = f"{scale.probe} {cell.probe}".strip()
+    return f"{scale.train} {cell.train} --seed {seed}", f"{of_probe} --seed {seed}"
 
 
 def train_run(words, folder):
@@ -150,7 +156,9 @@ def model_of(folder, trained=True):
 def views_of_test_images(contents, count, augment, views):
     """(x, labels) of the first test images, view by view, as the run of the checkpoint would see them."""
     config = contents["config"]
-    data = common.data.load_data(config["dataset"], config["data"], train=False, size=config["size"], limit=count)
+    data = common.data.load_data(config["dataset"], config["data"], train=False, size=config["size"], limit=count,
+                                 table=config.get("labels"))
+    data = common.data.with_classes_of(SimpleNamespace(classes=contents["classes"]), data, config["data"])
     size, crop_min, mean, std = config["size"], config["crop_min"], contents["mean"], contents["std"]
     drawn = [draw_view(len(data.labels), size, augment, (config["seed"], 12, v), crop_min=crop_min)
              for v in range(views)]
@@ -190,22 +198,38 @@ class Claim(NamedTuple):
 def run_all(experiment, scale_name, seeds, only, results, runs, more):
     """Runs the cells that have no result yet, seed by seed, and appends each one's result to the file."""
     scale = SCALES[scale_name]
+    scale = scale._replace(train=f"{scale.train} {more}".strip())
+    cells = experiment.cells(scale)
+    wanted = [(seed, name) for seed in seeds or range(scale.seeds) for name, cell in cells.items()
+              if only in name and seed < (cell.seeds or scale.seeds)]
+    if not wanted:
+        raise Refused(f"no cell of {experiment.name} has '{only}' in its name and a seed that --seed names: "
+                      f"its cells are {', '.join(cells)}, with up to {scale.seeds} seeds from 0 on")
     path = results / f"{experiment.name}-{scale_name}.jsonl"
     results.mkdir(parents=True, exist_ok=True)
     drop_cut_off_line(path)
-    for seed in seeds or range(scale.seeds):
-        for name, cell in experiment.cells(scale).items():
-            done = (name, seed) in {(r["cell"], r["seed"]) for r in read(path)}
-            if done or only not in name or seed >= (cell.seeds or scale.seeds):
-                continue
-            folder = runs / scale_name / f"{as_file_name(cell.train)}-s{seed}"
-            result = run_cell(name, cell, scale, seed, folder, more)
+    for seed, name in wanted:
+        if not is_done(name, cells[name], scale, seed, path):
+            folder = runs / scale_name / f"{as_file_name(f'{more} {cells[name].train}')}-s{seed}"
+            result = run_cell(name, cells[name], scale, seed, folder)
             with open(path, "a") as file:
                 file.write(json.dumps(result) + "\n")
 
 
+def is_done(name, cell, scale, seed, path):
+    """Whether the file holds the result. Raises Refused where it holds that of another training."""
+    train, _ = words_of(cell, scale, seed)
+    for result in read(path):
+        if (result["cell"], result["seed"]) == (name, seed):
+            if result["train"].split() != train.split():
+                raise Refused(f"{path} holds the cell {name}, seed {seed}, of another training ({result['train']}): "
+                              "name another --results, or take its line away")
+            return True
+    return False
+
+
 def as_file_name(words):
-    return "".join(c if c.isalnum() or c in "-." else "-" for c in words.replace("--", ""))
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in words.strip().replace("--", ""))
 
 
 def drop_cut_off_line(path):
@@ -248,20 +272,30 @@ def top1(results):
     return statistics.mean(values(results, "top1"))
 
 
-STUDENT = {2: 4.303, 3: 3.182, 4: 2.776}  # standard errors of a 95 % interval, by degrees of freedom
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # standard errors of a 95 % interval, by degrees of freedom
+
+
+def standard_errors(freedom):
+    """Half the width of a 95 % interval, for degrees of freedom between those of STUDENT, and for more."""
+    freedom = min(max(freedom, 1.0), 4.0)
+    k = min(int(freedom), 3)
+    share = (1 / k - 1 / freedom) / (1 / k - 1 / (k + 1))
+    return STUDENT[k] ** (1 - share) * STUDENT[k + 1] ** share
 
 
 def is_above(a, b, key="top1"):
     """Whether the mean of a is above that of b: "held", "not held", or "undecided" where the 95 % interval of the
-    difference (Student's, with Welch's standard error) holds 0, or a or b has one seed. a, b: results by seed."""
+    difference (Welch's t-test) holds 0, or a or b has one seed. a, b: results by seed."""
     if min(len(a), len(b)) < 2:
         return "undecided"
     first, second = values(a, key), values(b, key)
     difference = statistics.mean(first) - statistics.mean(second)
-    error = (statistics.variance(first) / len(first) + statistics.variance(second) / len(second)) ** 0.5
-    if abs(difference) <= STUDENT.get(len(a) + len(b) - 2, 2.571) * error:
-        return "undecided"
-    return "held" if difference > 0 else "not held"
+    errors = [statistics.variance(numbers) / len(numbers) for numbers in (first, second)]
+    half = 0.0
+    if sum(errors) > 0:
+        freedom = sum(errors) ** 2 / sum(e**2 / (len(numbers) - 1) for e, numbers in zip(errors, (first, second)))
+        half = standard_errors(freedom) * sum(errors) ** 0.5
+    return "held" if difference > half else "not held" if difference < -half else "undecided"
 
 
 def compared(claim, paper, found, a, b, key="top1", unit=" %", digits=1):

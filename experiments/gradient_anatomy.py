@@ -109,7 +109,7 @@ def draw(plt, found):
 def claims(found):
     words, paper = "a hard positive moves the anchor more than an easy one", "section 7: for both losses"
     return [Claim(f"{words}: {name} encoder", paper, f"{part['hard']:.2g} against {part['easy']:.2g}",
-                  "held" if part["hard"] > part["easy"] else "not held")
+                  "held (one seed)" if part["hard"] > part["easy"] else "not held (one seed)")
             for name, part in parts(found) if not name.endswith("untrained")]
 
 

@@ -177,14 +177,17 @@ def notes(run):
 
 
 def by_data_set(runs):
-    """{data set: [(label, run)]}, the best run of each first. A label names the loss and what else sets a run apart."""
+    """{data set: [(label, run)]}, the best run of each first. A label names the loss, what else sets the run apart, and
+    the run itself where that is not enough."""
     groups = {}
     for run in runs:
         groups.setdefault(run.data_set, []).append(run)
     for data_set, group in groups.items():
         usual = statistics.mode(run.options["batch"] for run in group)
         group.sort(key=lambda run: -run.probe["top1"])
-        groups[data_set] = [(label(run.options, usual), run) for run in group]
+        labels = [label(run.options, usual) for run in group]
+        groups[data_set] = [(f"{name}, {run.name}" if labels.count(name) > 1 else name, run)
+                            for name, run in zip(labels, group)]
     return groups
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,13 @@ def folder_of(root, splits, classes, count=4, size=(30, 24), kind="png"):
             for i in range(count):
                 noise = torch.randint(-20, 20, (3, *size), generator=torch.Generator().manual_seed(i))
                 TF.to_pil_image((40 + 60 * k + noise).to(torch.uint8)).save(root / split / name / f"{i}.{kind}")
+
+
+class StandIn(SimpleNamespace):
+    """As much of a run as a Journal looks at."""
+
+    device = torch.device("cpu")
+    ends_epoch = property(lambda self: self.step % self.steps_per_epoch == 0)
 
 
 def files_in(folder):

@@ -1,9 +1,13 @@
 """Data sets: generated, and read from folders."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torchvision
 from torchvision.transforms.v2 import functional as TF
+
+import common.cli
 import common.data
 import common.images
 import common.views
@@ -138,3 +142,29 @@ def test_torchvisions_data_sets_keep_channels_rows_and_columns_apart(dataset, na
         channels = torch.zeros(3) if dataset == "fashionmnist" else torch.arange(3)
         expected = channels.view(3, 1, 1) * 60 + torch.arange(8).view(8, 1) * 6 + torch.arange(8)
         assert all(torch.equal(image, expected.to(torch.uint8)) for image in data.images)
+
+
+@pytest.mark.parametrize("dataset, name", [("cifar10", "CIFAR10"), ("svhn", "SVHN"), ("fashionmnist", "FashionMNIST")])
+def test_a_test_set_that_cannot_be_read_is_refused_and_not_taken_for_none(dataset, name, monkeypatch):
+    class Damaged(StoredSVHN):
+        def __init__(self, *arguments, **more):
+            super().__init__(*arguments, **more)
+            if not self.is_train:
+                raise RuntimeError("file is truncated")
+
+    monkeypatch.setattr(torchvision.datasets, name, Damaged)
+    with pytest.raises(common.cli.Refused, match="file is truncated") as refused:
+        common.data.load_data(dataset, "data", False)
+    assert not isinstance(refused.value, common.data.Missing)
+
+
+def test_the_sample_of_a_streamed_subset_is_of_its_own_images(tmp_path, monkeypatch):
+    """The mean and deviation of the images come from it, however few of the folder's first images are in the subset."""
+    folder_of(tmp_path, ["train"], ["dark", "light"], count=10)
+    monkeypatch.setattr(common.data, "SAMPLE", 3)
+    options = {"dataset": "folder", "data": str(tmp_path), "size": 8, "limit": None, "labels": None, "seed": 0}
+    config = SimpleNamespace(**options, stream=True, subset=0.3, label_noise=0.0)
+    chosen, _ = common.data.load(config, False, False)
+    assert len(chosen.files) == 6
+    expected = [common.images.resize_and_crop(common.images.read_image(path), 8) for path in chosen.files[:3]]
+    assert torch.equal(chosen.images, torch.stack(expected))

@@ -97,6 +97,14 @@ def test_a_checkpoint_whose_size_its_encoder_cannot_take_is_refused(small_famili
         common.frozen.load_encoder(tmp_path)
 
 
+def test_an_encoder_that_asks_for_the_version_of_its_entries_goes_on_and_hands_on_its_weights(tmp_path):
+    options = [*RUN, "--arch", "mnasnet0_5"]
+    train(*options, "--queue", "10", "--run-dir", tmp_path / "run")
+    train("--resume", tmp_path / "run", "--epochs", "2")
+    assert probe(tmp_path / "run")["top1"] >= 0
+    train(*options, "--init", tmp_path / "run", "--run-dir", tmp_path / "from it")
+
+
 # ---------------------------------------------------------------- layers that draw at random
 
 

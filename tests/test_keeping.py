@@ -17,6 +17,7 @@ import torch
 import common.cli
 import common.journal
 import common.run_folder
+from runs import StandIn
 
 
 def contents(step, **entries):
@@ -229,10 +230,10 @@ def test_a_new_run_takes_no_folder_in_which_steps_would_be_lost(tmp_path):
 
 def journal(folder, monkeypatch, weight=0.0):
     """(a Journal, and a function that notes the next step's loss and rate)."""
-    monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
+    monkeypatch.setattr(common.journal, "describe_run", lambda *about: {})
     config = SimpleNamespace(batch=5, epochs=9, save_minutes=10, log_every=2, tensorboard=False, run=folder)
     saved = contents(0, encoder={"w": torch.tensor([weight])})
-    run = SimpleNamespace(config=config, step=0, steps_per_epoch=100, total_steps=900, checkpoint=lambda *of: saved)
+    run = StandIn(config=config, step=0, steps_per_epoch=100, total_steps=900, checkpoint=lambda *of: saved)
     made = common.journal.Journal(run, 1, None, None, None)
 
     def note(loss, rate):

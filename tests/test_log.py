@@ -17,7 +17,7 @@ import common.run_folder
 import oracles
 import pretrain
 import reference_numpy as ref
-from runs import SMALL, log_of, same_bits, state_of
+from runs import SMALL, StandIn, log_of, same_bits, state_of
 
 pytestmark = pytest.mark.seeds_torch
 N, BATCH, EPOCHS, PEAK = 600, 60, 2, 0.05
@@ -164,11 +164,11 @@ def journal(folder, monkeypatch, steps, **options):
     """The log of so many steps of 50 images, each of which takes four minutes, and the steps at which it saves."""
     now, saved = [0.0], []
     monkeypatch.setattr(common.journal.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
+    monkeypatch.setattr(common.journal, "describe_run", lambda *about: {})
     defaults = {"batch": 50, "epochs": 1, "save_minutes": 10, "log_every": 4, "tensorboard": False, "run": folder}
     config = SimpleNamespace(**defaults | options)
     contents = lambda losses, seconds: saved.append(len(losses)) or {"encoder": {}}
-    run = SimpleNamespace(config=config, step=0, steps_per_epoch=100, total_steps=100, checkpoint=contents)
+    run = StandIn(config=config, step=0, steps_per_epoch=100, total_steps=100, checkpoint=contents)
     journal = common.journal.Journal(run, 1, None, None, None)
     for run.step in range(1, steps + 1):
         now[0] += 240
@@ -187,10 +187,10 @@ def epochs_that_are_saved(folder, monkeypatch, *, epochs, epoch_takes, save_take
     """The epochs after which a run saves whose clock moves on by these seconds."""
     now, saved = [0.0], []
     monkeypatch.setattr(common.journal.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
+    monkeypatch.setattr(common.journal, "describe_run", lambda *about: {})
     config = SimpleNamespace(batch=50, epochs=epochs, save_minutes=1e9, log_every=1, keep_every=None, tensorboard=False,
                              workers=0, run=folder)
-    run = SimpleNamespace(config=config, step=0, steps_per_epoch=1, total_steps=epochs,
+    run = StandIn(config=config, step=0, steps_per_epoch=1, total_steps=epochs,
                           checkpoint=lambda losses, seconds: saved.append(run.step) or {"encoder": {}})
     journal = common.journal.Journal(run, 1, None, None, None)
 
@@ -231,11 +231,11 @@ def test_seconds_and_images_a_second_are_those_of_training_alone(tmp_path, monke
     """An epoch of four steps of four minutes, a diagnosis of an hour, and an epoch of steps of two minutes."""
     now = [0.0]
     monkeypatch.setattr(common.journal.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(common.journal, "describe_run", lambda config, world: {})
+    monkeypatch.setattr(common.journal, "describe_run", lambda *about: {})
     config = SimpleNamespace(batch=50, epochs=2, save_minutes=1e9, log_every=4, keep_every=None, tensorboard=False,
                              workers=0, run=tmp_path / "run")
     contents = lambda losses, seconds: {"encoder": {}}
-    run = SimpleNamespace(config=config, step=0, steps_per_epoch=4, total_steps=8, checkpoint=contents)
+    run = StandIn(config=config, step=0, steps_per_epoch=4, total_steps=8, checkpoint=contents)
     journal = common.journal.Journal(run, 1, None, None, None)
     for run.step in range(1, 9):
         now[0] += 240 if run.step <= 4 else 120

@@ -21,7 +21,7 @@ import pretrain
 from children import call, run_script, start, workers_of
 from kill_and_resume import WAYS, kill_and_resume
 from common.run_folder import newest_checkpoint
-from runs import FOLDER, SMALL, files_in, folder_of, log_of, refusal, same_bits, state_of, torchrun, train
+from runs import FOLDER, SMALL, files_in, folder_of, log_of, options_of, refusal, same_bits, state_of, torchrun, train
 
 pytestmark = pytest.mark.seeds_torch
 LONG = [*SMALL, "--epochs", "16"]  # 64 steps, some seconds
@@ -429,3 +429,25 @@ def test_a_signal_that_ends_the_compiler_too_ends_the_run_in_one_line(tmp_path, 
     monkeypatch.setattr(pretrain, "training_step", step)
     train("--resume", run, "--no-compile")
     assert log_of(run)[-1]["epoch"] == 1
+
+
+def test_what_a_resumed_run_changes_is_in_its_checkpoint_before_the_first_step(tmp_path, monkeypatch):
+    """A run that is extended and ends at once is extended all the same, and finds data that have moved."""
+    folder_of(tmp_path / "data", ["train", "test"], ["dark", "light"])
+    run = tmp_path / "run"
+    train(*FOLDER, "--data", tmp_path / "data", "--run-dir", run)
+    (tmp_path / "data").rename(tmp_path / "moved")
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(pretrain, "train_steps", lambda *of: None)  # stopped before a step
+        train("--resume", run, "--epochs", "3", "--data", tmp_path / "moved")
+    assert options_of(run)["epochs"] == 3 and options_of(run)["data"] == str(tmp_path / "moved")
+    train("--resume", run)
+    assert [entry["epoch"] for entry in log_of(run) if "mean_loss" in entry] == [1, 2, 3]
+
+
+def test_a_device_that_nobody_named_is_chosen_anew_by_a_resumed_run(tmp_path):
+    words = [word for word in SMALL if word not in ("--device", "cpu")]
+    train(*words, "--epochs", "1", "--run-dir", tmp_path / "free")
+    train(*SMALL, "--epochs", "1", "--run-dir", tmp_path / "named")
+    assert options_of(tmp_path / "free")["device"] is None and options_of(tmp_path / "named")["device"] == "cpu"

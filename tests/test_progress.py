@@ -77,3 +77,11 @@ def test_without_its_package_tensorboard_is_refused_before_the_run(tmp_path, mon
     with pytest.raises(common.cli.Refused, match="needs the package tensorboard: pip install tensorboard"):
         train(*SMALL, "--tensorboard", "--run-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_names_that_a_terminal_cannot_write_are_written_with_question_marks(monkeypatch):
+    bytes_ = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_, encoding="utf-8", errors="strict"))
+    common.cli.say("taken for caf\udce9")  # a class folder whose name is not UTF-8
+    sys.stdout.flush()
+    assert bytes_.getvalue() == b"taken for caf?\n"
