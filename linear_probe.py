@@ -343,11 +343,7 @@ def complete_fit(recipe, options, given):
     elif options["optimizer"] == "lbfgs" and of_sgd:
         raise Refused(f"--optimizer lbfgs has no {of_sgd[0]}: leave one out")
     if recipe:
-        preset = {"nesterov": False, "standardize": False, "warmup": 0.0} | PRESETS[recipe].probe
-        bound = {"lr", "lr_per_256"} if {"lr", "lr_per_256"} & given else set()
-        options |= {k: v for k, v in preset.items() if k not in given | bound}
-        numbers = " ".join(as_option(k, options[k]) for k in preset if options[k] is not None)
-        say(f"recipe {recipe}: {PRESETS[recipe].source}\n  {numbers}")
+        options = with_recipe(recipe, options, given)
     if options["optimizer"] != "sgd" or not options["momentum"]:
         if options["nesterov"] and "nesterov" in given:
             raise Refused("--nesterov is SGD's, with a --momentum above 0: leave it out")
@@ -360,6 +356,16 @@ def complete_fit(recipe, options, given):
     lrs = (None,) if options["optimizer"] == "lbfgs" else lrs
     lrs = (per_256 * options["batch"] / 256,) if per_256 else lrs
     return SimpleNamespace(**options, lr=1.0, warmup_from=0.0), [(lr, decay) for lr in lrs for decay in decays]
+
+
+def with_recipe(recipe, options, given):
+    """The options, with the numbers of a preset's probe in place of those that are not given."""
+    preset = {"nesterov": False, "standardize": False, "warmup": 0.0} | PRESETS[recipe].probe
+    bound = {"lr", "lr_per_256"} if {"lr", "lr_per_256"} & given else set()
+    options = options | {k: v for k, v in preset.items() if k not in given | bound}
+    numbers = " ".join(as_option(k, options[k]) for k in preset if options[k] is not None)
+    say(f"recipe {recipe}: {PRESETS[recipe].source}\n  {numbers}")
+    return options
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
