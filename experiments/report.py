@@ -15,9 +15,7 @@ NAMES = ("losses_compared", "supcon_against_cross_entropy", "stability", "temper
          "label_noise", "robustness_and_calibration", "few_labels", "gradient_anatomy")
 
 WORDS = """`python experiments/report.py` writes this page. A claim is held, or not held, where the 95 % interval of the
-difference over the seeds says so."""
-
-ABOUT = """All trainings have these words, and at `--scale cpu` they take minutes: what holds there need not hold at the
+difference over the seeds says so. At `--scale cpu` a training takes minutes: what holds there need not hold at the
 papers' scale."""
 
 
@@ -32,9 +30,9 @@ def main(folder):
         claims = [claim for experiment in experiments for claim in write_report(experiment, scale, folder)]
         if claims:
             table = as_markdown(["claim", "paper", "here", "held?"], claims)
-            pages.append(f"## At `--scale {scale}`\n\n{ABOUT}\n\n    {SCALES[scale].train}\n\n{table}")
+            pages.append(f"## At `--scale {scale}`\n\nAll trainings begin with\n\n    {SCALES[scale].train}\n\n{table}")
     (folder / "claims.md").write_text("\n\n".join(pages) + "\n")
-    click.echo(pages[-1])
+    click.echo("\n\n".join(pages[1:]))
 
 
 if __name__ == "__main__":
