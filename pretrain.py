@@ -212,7 +212,7 @@ class Run:
         self.autocast = type_of_autocast(config.precision, ranks.device)
         dtype = torch.float64 if config.precision == "float64" else torch.float32
         model = build_model(config, self.autocast)
-        if config.init and resumed:
+        if resumed:
             statistics = resumed["mean"], resumed["std"]
         else:
             statistics = start_from(model.encoder, config) if config.init else mean_and_std(config.dataset, data.images)
@@ -365,7 +365,8 @@ def main(context, resume, **options):
         return click.echo("\n".join(line for name in PRESETS for line in describe(name)))
     with Ranks() as ranks:
         config, contents = read_on_first(context, resume, options, ranks)
-        if resume == "auto" and contents and is_finished(contents, config.epochs):
+        moved = contents and any(contents["config"].get(name) != getattr(config, name) for name in ("data", "labels"))
+        if resume == "auto" and contents and is_finished(contents, config.epochs) and not moved:
             return say(f"{config.run} is finished: python linear_probe.py {config.run}/ckpt.pt")
         return train(config, ranks, contents)
 

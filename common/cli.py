@@ -110,7 +110,7 @@ def on_terminal():
 def write(words, end, err=False):
     stream = sys.stderr if err else sys.stdout
     try:
-        click.echo(printable(f"{words}{end}", stream.encoding), nl=False, err=err)
+        click.echo(printable(f"{words}{end}", getattr(stream, "encoding", None)), nl=False, err=err)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

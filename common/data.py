@@ -115,7 +115,7 @@ def load(config, download, with_test):
     if config.subset < 1:
         data = take(data, stratified(data.labels, config.subset, generator("subset", config.seed)))
         if config.stream:
-            data = data._replace(images=read_square(data.files[:SAMPLE], config.size))
+            data = data._replace(images=read_square(data.files[:SAMPLE], data.images.shape[-1]))
     if config.label_noise:
         noisy = with_label_noise(data.labels, config.label_noise, len(data.classes), generator("noise", config.seed))
         config.noisy_labels = int((noisy != data.labels).sum())
@@ -152,7 +152,7 @@ def load_data(dataset, root, train, *, size=None, download=True, limit=None, str
     except Exception as e:  # a download, a wrong checksum, a damaged file: torchvision's readers have no common error
         way = f"put {FILES[dataset]} there by hand" + ("" if download else ", or let --download fetch it")
         reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
-        raise Refused(f"--dataset {dataset} is not in --data {root} ({reason}): {way}") from e
+        raise Refused(f"--dataset {dataset} cannot be read from --data {root} ({reason}): {way}") from e
     images, labels = images[:limit].contiguous(), torch.as_tensor(np.asarray(labels)[:limit], dtype=torch.long)
     return Data(resize_square(images, size) if size else images, labels, list(classes))
 

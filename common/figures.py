@@ -56,7 +56,7 @@ def learning_curves(runs):
         axes[0].plot(at, [(e["loss"] - floor) / (collapse - floor) for e in steps], **line, linewidth=0.8)
         known = [e for e in epochs if "knn_top1" in e]
         axes[1].plot([e["epoch"] for e in known], [e["knn_top1"] for e in known], **line, marker=".")
-        axes[2].plot(at, [e["lr"] for e in steps], **line, label=run.name)
+        axes[2].plot(at, [e["lr"] for e in steps], **line, label=printable(run.name))
     axes[0].set_ylabel("loss: 0 at its floor, 1 at collapse")
     axes[1].set_ylabel("k-NN top-1, %")
     axes[2].set(ylabel="learning rate", xlabel="epoch")
@@ -167,7 +167,7 @@ def read_log(run):
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 def main(runs):
     """Draw the learning curves of RUNS, folders of pretrain.py. Others among them are passed over."""
-    begun = [run for run in runs if (run / "log.jsonl").exists()]
+    begun = [run for run in runs if (run / "log.jsonl").exists() or not run.exists()]
     click.echo(learning_curves(begun or runs))
 
 

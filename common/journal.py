@@ -28,7 +28,7 @@ def open_journal(run, data, test, ranks, resumed):
         lr = learning_rate(run.config, run.step, run.steps_per_epoch)
         say(f"going on from step {run.step} of {run.total_steps} at a learning rate of {lr:.4g}")
         if resumed["config"] != dataclasses.asdict(run.config):
-            journal.save(run)  # else a run that ends before its first save would forget what was changed
+            journal.save_changes(run, lr)
     return journal
 
 
@@ -204,6 +204,13 @@ class Journal:
         self.folder.save(self.finite_checkpoint(run))
         self.saved = run.step
         self.clock = self.saved_at = time.perf_counter()
+
+    def save_changes(self, run, lr):
+        """Saves a resumed run with changed options. Else it would forget them if it ended before its first save."""
+        self.lr = lr
+        self.save(run)
+        self.folder.wait()  # workers may be forked next, see note_epoch
+        self.folder.seconds_saving = 0.0  # may_save counts from here on
 
     def finite_checkpoint(self, run):
         """This step's checkpoint. Nothing is saved that is not finite: the last checkpoint stays good."""

@@ -14,6 +14,7 @@ import os
 import shlex
 import statistics
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -54,7 +55,7 @@ SCALES = {
                    "--subset 0.02 --lr 1 --weight-decay 0 --epochs 1 --device cpu", 1),
     "cpu": Scale(f"--dataset folder --data data/cifar10-jpeg --size 16 --arch small {CROPS}", 128, 0.2, 4,
                  FEW_CELLS, 3),
-    "gpu": Scale(f"--dataset cifar10 --arch resnet18 {CROPS}", 512, 0.5, 10, FEW_CELLS, 3),
+    "gpu": Scale(f"--dataset cifar10 --arch resnet18 {CROPS}", 512, 0.5, 12, FEW_CELLS, 3),
     "paper": Scale("--dataset cifar10 --arch resnet50", 1024, 0.5, 1000, "", 3),
 }
 
@@ -208,28 +209,27 @@ def run_all(experiment, scale_name, seeds, only, results, runs, more):
     path = results / f"{experiment.name}-{scale_name}.jsonl"
     results.mkdir(parents=True, exist_ok=True)
     drop_cut_off_line(path)
+    refuse_other_trainings(path, cells, scale)
+    apart = f"-{zlib.crc32(more.encode()):08x}" if more else ""  # further words make other trainings
     for seed, name in wanted:
-        if not is_done(name, cells[name], scale, seed, path):
-            folder = runs / scale_name / f"{as_file_name(f'{more} {cells[name].train}')}-s{seed}"
+        if (name, seed) not in {(result["cell"], result["seed"]) for result in read(path)}:
+            folder = runs / scale_name / f"{as_file_name(cells[name].train)}{apart}-s{seed}"
             result = run_cell(name, cells[name], scale, seed, folder)
             with open(path, "a") as file:
                 file.write(json.dumps(result) + "\n")
 
 
-def is_done(name, cell, scale, seed, path):
-    """Whether the file holds the result. Raises Refused where it holds that of another training."""
-    train, _ = words_of(cell, scale, seed)
+def refuse_other_trainings(path, cells, scale):
+    """Raises Refused where a result in the file is of a training with other words than the cell of its name has now."""
     for result in read(path):
-        if (result["cell"], result["seed"]) == (name, seed):
-            if result["train"].split() != train.split():
-                raise Refused(f"{path} holds the cell {name}, seed {seed}, of another training ({result['train']}): "
-                              "name another --results, or take its line away")
-            return True
-    return False
+        cell, seed = cells.get(result["cell"]), result["seed"]
+        if cell and result["train"].split() != words_of(cell, scale, seed)[0].split():
+            raise Refused(f"{path} holds the cell {result['cell']}, seed {seed}, of another training "
+                          f"({result['train']}): name another --results, or take its line away")
 
 
 def as_file_name(words):
-    return "".join(c if c.isalnum() or c in "-." else "-" for c in words.strip().replace("--", ""))
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in words.replace("--", ""))
 
 
 def drop_cut_off_line(path):

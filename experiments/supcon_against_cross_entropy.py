@@ -88,7 +88,7 @@ def draw(plt, found):
     right.set_xscale("log", base=2)
     right.set_xticks([*TIMES, LONGEST], [f"{times:g} x" for times in (*TIMES, LONGEST)])
     right.set(xlabel="views encoded, in units of the search", ylabel="top-1 on the test set, %", title="all images")
-    right.legend()
+    right.legend(loc="lower right")
     return figure
 
 

@@ -39,7 +39,7 @@ BAD = [
     (["--dataset", "folder", "--data", "nowhere"], "--data nowhere has no folder train"),
     (
         ["--dataset", "fashionmnist", "--data", "nowhere", "--no-download"],
-        "--dataset fashionmnist is not in --data nowhere",
+        "--dataset fashionmnist cannot be read from --data nowhere",
     ),
     (["--size", "4"], "--size"),
     (["--limit", "0"], "--limit"),

@@ -158,13 +158,14 @@ def test_a_test_set_that_cannot_be_read_is_refused_and_not_taken_for_none(datase
     assert not isinstance(refused.value, common.data.Missing)
 
 
-def test_the_sample_of_a_streamed_subset_is_of_its_own_images(tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [8, None])
+def test_the_sample_of_a_streamed_subset_is_of_its_own_images(size, tmp_path, monkeypatch):
     """The mean and deviation of the images come from it, however few of the folder's first images are in the subset."""
     folder_of(tmp_path, ["train"], ["dark", "light"], count=10)
     monkeypatch.setattr(common.data, "SAMPLE", 3)
-    options = {"dataset": "folder", "data": str(tmp_path), "size": 8, "limit": None, "labels": None, "seed": 0}
+    options = {"dataset": "folder", "data": str(tmp_path), "size": size, "limit": None, "labels": None, "seed": 0}
     config = SimpleNamespace(**options, stream=True, subset=0.3, label_noise=0.0)
     chosen, _ = common.data.load(config, False, False)
     assert len(chosen.files) == 6
-    expected = [common.images.resize_and_crop(common.images.read_image(path), 8) for path in chosen.files[:3]]
+    expected = [common.images.resize_and_crop(common.images.read_image(path), size or 32) for path in chosen.files[:3]]
     assert torch.equal(chosen.images, torch.stack(expected))

@@ -204,13 +204,13 @@ def test_a_probe_draws_its_subset_by_the_seed_of_its_training(tmp_path, monkeypa
 
 
 def test_further_words_make_a_training_of_its_own_and_do_not_mix_with_other_results(tmp_path):
-    one = TWO._replace(cells=lambda scale: {"a": two_cells(scale)["a"]})
     for folder, more in (("plain", ""), ("larger", "--size 16")):
-        cells.run_all(one, "smoke", (), "", tmp_path / folder, tmp_path / "runs", more)
+        cells.run_all(TWO, "smoke", (), "a", tmp_path / folder, tmp_path / "runs", more)
     sizes = [json.loads(path.read_text())["options"]["size"] for path in tmp_path.glob("runs/smoke/*/config.json")]
     assert sorted(sizes) == [12, 16]
-    with pytest.raises(common.cli.Refused, match="holds the cell a, seed 0, of another training"):
-        cells.run_all(one, "smoke", (), "", tmp_path / "plain", tmp_path / "runs", "--size 16")
+    for only in "ab":  # the cell b has no result yet
+        with pytest.raises(common.cli.Refused, match="holds the cell a, seed 0, of another training"):
+            cells.run_all(TWO, "smoke", (), only, tmp_path / "plain", tmp_path / "runs", "--size 16")
 
 
 @pytest.mark.parametrize("seeds, only", [((7,), ""), ((), "no such cell")])
