@@ -444,6 +444,9 @@ def test_what_a_resumed_run_changes_is_in_its_checkpoint_before_the_first_step(t
     assert options_of(run)["epochs"] == 3 and options_of(run)["data"] == str(tmp_path / "moved")
     train("--resume", run)
     assert [entry["epoch"] for entry in log_of(run) if "mean_loss" in entry] == [1, 2, 3]
+    (tmp_path / "moved").rename(tmp_path / "again")
+    train(*FOLDER, "--epochs", "3", "--data", tmp_path / "again", "--run-dir", run, "--resume", "auto")
+    assert options_of(run)["data"] == str(tmp_path / "again")
 
 
 def test_a_device_that_nobody_named_is_chosen_anew_by_a_resumed_run(tmp_path):
