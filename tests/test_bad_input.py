@@ -140,8 +140,8 @@ BAD = [
     (["--balanced", "--loss", "n-pair"], "leave --balanced out"),
     (["--nesterov", "--optimizer", "lars"], "--nesterov is SGD's"),
     (["--mix", "mixup", "--micro-batch", "1"], "--mix needs two images at a time"),
-    (["--jitter", "1", "--augment", "crop"], "--jitter has a meaning for --augment sim"),
-    (["--label-noise", "0.1", "--loss", "simclr"], "--label-noise has a meaning for losses that read labels"),
+    (["--jitter", "1", "--augment", "crop"], "--jitter has a meaning only for --augment sim"),
+    (["--label-noise", "0.1", "--loss", "simclr"], "--label-noise has a meaning only for losses that read labels"),
     (["--recipe", "cifar11"], "--recipe"),
     (["--subset", "0"], "--subset"),
     (["--label-noise", "1.5"], "--label-noise"),
@@ -193,7 +193,7 @@ def damaged_fashionmnist(here, ckpt):
     return (
         pretrain,
         [*SMALL[4:], "--dataset", "fashionmnist", "--arch", "small", "--data", here],
-        "--dataset fashionmnist is not in",
+        "--dataset fashionmnist cannot be read from",
     )
 
 
@@ -234,7 +234,7 @@ def resume_with_both_damaged(here, ckpt):
 def resume_with_an_option_without_a_meaning(here, ckpt):
     (here / "ckpt.pt").write_bytes(ckpt)
     (here / "labels.csv").write_text("path,label\n")
-    return pretrain, ["--resume", here, "--labels", here / "labels.csv"], "--labels has a meaning for --dataset folder"
+    return pretrain, ["--resume", here, "--labels", here / "labels.csv"], "--labels has a meaning only for --dataset folder"
 
 
 def resume_of_another_recipe(here, ckpt):
