@@ -84,7 +84,7 @@ def table(found):
 
 
 def draw(plt, found):
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
     for colour, (encoder, curve) in zip(COLOURS, curves(found).items()):
         style = ":" if encoder == FROM_SCRATCH else "--" if encoder.endswith(TUNED) else "-"
         axis.plot([100 * part for part in curve], list(map(top1, curve.values())), style, color=colour, label=encoder)
@@ -93,7 +93,7 @@ def draw(plt, found):
     axis.set(xscale="log", xlabel="labels, %", ylabel="top-1 on the test set, %, one dot a seed")
     axis.set_xticks([100 * part for part in ALL], [f"{100 * part:g}" for part in ALL])
     axis.grid(alpha=0.3)
-    axis.legend(title="linear probe of, or")
+    axis.legend(title="linear probe of, or", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
