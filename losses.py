@@ -562,7 +562,7 @@ class _Scores(torch.autograd.Function):
 # vanished. If not, the log sums are taken again from whole rows of scores, less each row's own maximum.
 
 ROWS = 256  # anchors in a strip, eight times as many on an accelerator
-COLUMNS = 8192  # of the contrast set in a strip: wider ones leave a CPU's cache
+COLUMNS = 2048  # of the contrast set in a strip, four times as many on an accelerator: wider ones leave a CPU's cache
 KEPT = 2**24  # at most so many powers are kept for the backward; where there are more, it computes the strips again
 NEAR = 80  # of a sum in 2^-80 ... 2^80, float32 loses only powers below 2^-126, and these are below 2^-46 of the sum
 
@@ -682,9 +682,11 @@ def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | Non
 def _sums_of_strips(a, b, y_a, y_b, own, shift, keep):
     """(sum_j 2^(s_ij - shift) and, given y, sum_j w_ij 2^(s_ij - shift), (1 or 2, M); the strips if they are kept)"""
     sums = a.new_zeros(1 if y_a is None else 2, len(a))
-    kept = []
+    kept, room = [], a.new_empty(0)
     for I, J, later, powers in _strips(a, b, own, shift, keep):
-        parts = [powers] if y_a is None else [powers, powers * _weights(y_a[I], y_b[J])]
+        parts = [powers]
+        if y_a is not None:
+            parts.append(torch.mul(powers, _weights(y_a[I], y_b[J]), out=room.resize_(powers.shape)))
         for total, part in zip(sums, parts):
             total[I] += part.sum(1)
             if b is None:
@@ -755,12 +757,14 @@ def _strips(a, b, own, shift, keep=False, kept=()):
     between I and J, 0 for j = own + i. Unless keep, each strip overwrites the one before. If kept is not empty, the
     strips are taken from it."""
     contrast = a if b is None else b
-    rows = ROWS if a.device.type == "cpu" else 8 * ROWS
+    on_cpu = a.device.type == "cpu"
+    rows = ROWS if on_cpu else 8 * ROWS
+    columns = COLUMNS if on_cpu else 4 * COLUMNS
     room, kept = a.new_empty(0), iter(kept)
     for i in range(0, len(a), rows):
         I = slice(i, min(i + rows, len(a)))
-        for j in range(i if b is None else 0, len(contrast), COLUMNS):
-            J = slice(j, min(j + COLUMNS, len(contrast)))
+        for j in range(i if b is None else 0, len(contrast), columns):
+            J = slice(j, min(j + columns, len(contrast)))
             later = slice(max(I.stop, j), max(I.stop, J.stop))
             powers = next(kept, None)
             if powers is None:

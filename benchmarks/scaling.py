@@ -102,7 +102,7 @@ def step(gpu, size, batch, gpus):
     """What one of the GPUs does, sends and holds in a step: a dict."""
     rows, mine = VIEWS * batch, VIEWS * batch // gpus
     scores, (some, weights) = loss(gpu, rows, mine), encoding(gpu, 64, size)
-    beside = 16 * weights + scores.bytes_kept + 64 * losses.ROWS * losses.COLUMNS  # gradients, momentum; two strips
+    beside = 16 * weights + scores.bytes_kept + 256 * losses.ROWS * losses.COLUMNS  # gradients, momentum; two strips
     part = mine
     while part > 1 and beside + part * some.bytes_kept / 64 > 1e9 * gpu.memory:
         part //= 2

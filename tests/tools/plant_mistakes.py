@@ -129,7 +129,7 @@ MISTAKES = {
         ("strips: what is saved is read twice", "sums, shift, near, *kept = ctx.saved_tensors",
          "sums, shift, near, *kept = ctx.saved_tensors and ctx.saved_tensors", "strips"),
         ("strips: L_in over A(i) twice",
-         "powers * _weights(y_a[I], y_b[J])]", "powers]", "strips"),
+         "torch.mul(powers, _weights(y_a[I], y_b[J])", "torch.mul(powers, torch.ones_like(powers)", "strips"),
         ("whole rows: L_in over A(i) twice",
          "_weights(y_a[I], y_b).to(s.dtype).log2()", "0", "strips"),
         ("strips: nan is a class",
