@@ -234,7 +234,8 @@ def resume_with_both_damaged(here, ckpt):
 def resume_with_an_option_without_a_meaning(here, ckpt):
     (here / "ckpt.pt").write_bytes(ckpt)
     (here / "labels.csv").write_text("path,label\n")
-    return pretrain, ["--resume", here, "--labels", here / "labels.csv"], "--labels has a meaning only for --dataset folder"
+    words = "--labels has a meaning only for --dataset folder"
+    return pretrain, ["--resume", here, "--labels", here / "labels.csv"], words
 
 
 def resume_of_another_recipe(here, ckpt):
