@@ -114,8 +114,9 @@ def load(config, download, with_test):
             test = with_classes_of(data, test, config.data)
     if config.subset < 1:
         data = take(data, stratified(data.labels, config.subset, generator("subset", config.seed)))
-        if config.stream:
-            data = data._replace(images=read_square(data.files[:SAMPLE], data.images.shape[-1]))
+        if config.stream:  # fewer images of its sample are left, and they are the first ones
+            more = read_square(data.files[len(data.images) : SAMPLE], data.images.shape[-1])
+            data = data._replace(images=torch.cat([data.images, more]))
     if config.label_noise:
         noisy = with_label_noise(data.labels, config.label_noise, len(data.classes), generator("noise", config.seed))
         config.noisy_labels = int((noisy != data.labels).sum())
@@ -198,7 +199,6 @@ def load_folder(folder, size, limit=None, stream=False):
     """The images of a Folder, shuffled by a fixed seed."""
     order = torch.randperm(len(folder.files), generator=generator("folder"))[:limit].tolist()
     files, labels = [folder.files[i] for i in order], [folder.labels[i] for i in order]
-
     images = read_square(files[:SAMPLE] if stream else files, size)
     return Data(images, torch.tensor(labels), folder.classes, files if stream else None, files)
 
