@@ -37,6 +37,7 @@ BEST = {  # the two best of each loss in the search with seed 0, the best one fi
 }
 TIMES = 0.25, 1, 4  # views encoded, in units of the search
 LONGEST = 16  # for one seed of the best setting of each loss
+ALL_TIMES = *TIMES, LONGEST
 
 
 def cells(scale):
@@ -61,7 +62,7 @@ def searched(found):
 
 
 def tested(found):
-    names = [at(name, times) for name in BEST for times in (*TIMES, LONGEST)]
+    names = [at(name, times) for name in BEST for times in ALL_TIMES]
     return {name: found[name] for name in names if name in found}
 
 
@@ -81,12 +82,12 @@ def draw(plt, found):
     left.set(xlabel="top-1 on the left-out tenth, %", title="one setting changed at a time")
     left.grid(axis="x", alpha=0.3)
     for k, name in enumerate(BEST):
-        points = [(times, found[at(name, times)]) for times in (*TIMES, LONGEST) if at(name, times) in found]
+        points = [(times, found[at(name, times)]) for times in ALL_TIMES if at(name, times) in found]
         right.plot([times for times, _ in points], [top1(r) for _, r in points], color=COLOURS[k], label=name)
         for times, results in points:
             right.plot([times] * len(results), values(results, "top1"), "o", color=COLOURS[k])
     right.set_xscale("log", base=2)
-    right.set_xticks([*TIMES, LONGEST], [f"{times:g} x" for times in (*TIMES, LONGEST)])
+    right.set_xticks(ALL_TIMES, [f"{times:g} x" for times in ALL_TIMES])
     right.set(xlabel="views encoded, in units of the search", ylabel="top-1 on the test set, %", title="all images")
     right.legend(loc="lower right")
     return figure
@@ -94,7 +95,7 @@ def draw(plt, found):
 
 def claims(found):
     paper, rival = "ResNet-50, CIFAR-10: 96.0 against 95.0 %", "cross-entropy, lr x 1"
-    return [claim for times in (*TIMES, LONGEST) for name in ("SupCon, queue", "SupCon, 1 view") for claim in
+    return [claim for times in ALL_TIMES for name in ("SupCon, queue", "SupCon, 1 view") for claim in
             compared(f"{name}, is above {rival} at {times:g} x the views", paper, found,
                      at(name, times), at(rival, times))]
 
