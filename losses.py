@@ -561,8 +561,9 @@ class _Scores(torch.autograd.Function):
 # for all. If every log sum lies within NEAR of c, as it nearly always does, no power that counts has overflowed or
 # vanished. If not, the log sums are taken again from whole rows of scores, less each row's own maximum.
 
-ROWS = 256  # anchors in a strip, eight times as many on an accelerator
-COLUMNS = 2048  # of the contrast set in a strip, four times as many on an accelerator: wider ones leave a CPU's cache
+STRIP = 512, 512  # anchors, and columns of the contrast set: on a CPU the powers of a strip stay in a core's cache
+STRIP_ON_GPU = 2048, 8192
+WHOLE = 2**21  # at most so many scores are in a block of whole rows
 KEPT = 2**24  # at most so many powers are kept for the backward; where there are more, it computes the strips again
 NEAR = 80  # of a sum in 2^-80 ... 2^80, float32 loses only powers below 2^-126, and these are below 2^-46 of the sum
 
@@ -595,7 +596,7 @@ def _number_classes(y):
 
 def _sums_by_label(rows, y_a, y_b, own):
     """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums of the classes, less the pair (i, own + i)."""
-    sums = _ClassSums.apply(rows, y_a, y_b)
+    sums = _class_sums(rows, y_a, y_b)
     weight = _class_sums(rows.new_ones(len(rows), 1), y_a, y_b).squeeze(1)
     if own is not None:
         mine = slice(own, own + len(y_a))
@@ -619,25 +620,12 @@ def _sums_by_probability(rows, y_a, y_b, own):
         sums = (sums - itself[:, None] * rows[mine]).masked_fill(alone[:, None], 0)
     return sums.to(dtype), weight.to(dtype)
 
-class _ClassSums(torch.autograd.Function):
-    """_class_sums, whose gradient is itself with y_a and y_b exchanged."""
-
-    @staticmethod
-    def forward(ctx, rows, y_a, y_b):
-        ctx.save_for_backward(y_a, y_b)
-        return _class_sums(rows, y_a, y_b)
-
-    @staticmethod
-    def backward(ctx, G):
-        y_a, y_b = ctx.saved_tensors
-        return _class_sums(G, y_b, y_a), None, None
-
 def _class_sums(rows, y_a, y_b):
     """For each anchor the sum of the rows with its label, (M, D)."""
     known, wide = not torch.compiler.is_compiling() and rows.device.type == "cpu", _wide(rows)
     count = 1 + int(torch.maximum(y_a.max(), y_b.max())) if known else len(y_a) + len(y_b)  # reading it stalls a GPU
     of_classes = rows.new_zeros(count, rows.shape[1], dtype=wide).index_add(0, y_b, rows.to(wide))
-    return of_classes.to(rows.dtype).index_select(0, y_a)
+    return of_classes.index_select(0, y_a).to(rows.dtype)
 
 def _wide(rows):
     """The type in which thousands of rows are added up."""
@@ -757,9 +745,7 @@ def _strips(a, b, own, shift, keep=False, kept=()):
     between I and J, 0 for j = own + i. Unless keep, each strip overwrites the one before. If kept is not empty, the
     strips are taken from it."""
     contrast = a if b is None else b
-    on_cpu = a.device.type == "cpu"
-    rows = ROWS if on_cpu else 8 * ROWS
-    columns = COLUMNS if on_cpu else 4 * COLUMNS
+    rows, columns = STRIP if a.device.type == "cpu" else STRIP_ON_GPU
     room, kept = a.new_empty(0), iter(kept)
     for i in range(0, len(a), rows):
         I = slice(i, min(i + rows, len(a)))
@@ -775,8 +761,9 @@ def _strips(a, b, own, shift, keep=False, kept=()):
 def _score_rows(a, b, y_a, y_b, own):
     """Yields (I, [s_ij, and given y s_ij + log2 w_ij]): anchors and the whole contrast set, ABSENT where no pair."""
     contrast = a if b is None else b
-    for i in range(0, len(a), ROWS):
-        I = slice(i, i + ROWS)
+    rows = max(1, min(256, WHOLE // len(contrast)))
+    for i in range(0, len(a), rows):
+        I = slice(i, i + rows)
         s = _fill(a[I] @ contrast.T, None if own is None else own + i, -torch.inf)
         parts = [s] if y_a is None else [s, s + _weights(y_a[I], y_b).to(s.dtype).log2()]
         yield I, [part.clamp(min=ABSENT) for part in parts]  # the softmax of a row of -inf would be nan

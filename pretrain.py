@@ -30,17 +30,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losses
 from common.cli import ENDING, SAVING, Asked, Refused, Stopped, run_command, say, signals_noted
-from common.config import GroupedCommand, complete, config_options, fit_to_data, read
-from common.data import checksum, load_on_every_rank, mean_and_std
+from common.config import GroupedCommand, complete, config_options, fit_to_data, read, require_same_data
+from common.data import describe_data, load_on_every_rank, mean_and_std
 from common.initial import start_from
 from common.journal import open_journal
 from common.metrics import knn_top1
-from common.models import Queue, build_model, features, still_statistics, type_of_autocast
+from common.models import Queue, build_model, features, load_state, still_statistics, type_of_autocast
 from common.objectives import OBJECTIVES, total_loss
 from common.optim import learning_rate, make_optimizer, set_learning_rate
 from common.presets import PRESETS, describe
 from common.ranks import Ranks, choose_device, fast_convolutions, gather_views
-from common.run_folder import FORMAT, is_finished, load_state, refuse_unusable
+from common.run_folder import FORMAT, is_finished, refuse_unusable
 from common.views import make_batches
 
 # ---------------------------------------------------------------- the loop
@@ -60,7 +60,7 @@ def train(config, ranks, resumed=None):
                 refuse_unusable(Path(config.run), resuming=resumed is not None)
         data, test = load_on_every_rank(config, ranks)
         with ranks.refusing_together():
-            fit_to_data(config, data, resumed)
+            fit_to_data(config, data)
             run = Run(config, data, ranks, resumed)
         with ranks.refusing_together():
             journal = open_journal(run, data, test, ranks, resumed)
@@ -205,9 +205,10 @@ class Run:
     def __init__(self, config, data, ranks, resumed=None):
         """resumed: the contents of a checkpoint, whose state this run takes over."""
         self.config, self.device, self.step = config, ranks.device, 0
-        self.classes, self.images = list(data.classes), len(data.labels)
-        self.checksum = checksum(data, config.data)
-        self.steps_per_epoch = self.images // config.batch
+        self.data = describe_data(data, config.data)
+        if resumed:
+            require_same_data(config, self.data, resumed)
+        self.steps_per_epoch = len(data.labels) // config.batch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.autocast = type_of_autocast(config.precision, ranks.device)
         dtype = torch.float64 if config.precision == "float64" else torch.float32
@@ -279,10 +280,7 @@ class Run:
             "scaler": self.scaler.state_dict(),  # empty but in float16
             "mean": self.mean.cpu().float(),
             "std": self.std.cpu().float(),
-            "classes": self.classes,
-            "images": self.images,
-            "checksum": self.checksum,
-        }
+        } | self.data
 
     def restore(self, contents):
         """Takes over the state of a checkpoint. Raises Refused where it is not one of such a run."""

@@ -7,6 +7,7 @@ The parts of a step run on the tests' imitated device, without numbers. docs/sca
 """
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,7 +103,7 @@ def step(gpu, size, batch, gpus):
     """What one of the GPUs does, sends and holds in a step: a dict."""
     rows, mine = VIEWS * batch, VIEWS * batch // gpus
     scores, (some, weights) = loss(gpu, rows, mine), encoding(gpu, 64, size)
-    beside = 16 * weights + scores.bytes_kept + 256 * losses.ROWS * losses.COLUMNS  # gradients, momentum; two strips
+    beside = 16 * weights + scores.bytes_kept + 8 * math.prod(losses.STRIP_ON_GPU)  # gradients, momentum; two strips
     part = mine
     while part > 1 and beside + part * some.bytes_kept / 64 > 1e9 * gpu.memory:
         part //= 2

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 import losses
 from common.cli import Refused, is_first, say
-from common.data import DATASETS, STREAMS, checksum
+from common.data import DATASETS, STREAMS
 from common.images import SMALL_SIZE
 from common.initial import refuse_without_weights
 from common.journal import summary_writer
@@ -459,8 +459,8 @@ def refuse_uneven_batches(config, world):
     require(not config.mix or at_a_time > 1, "--mix needs two images at a time: raise --batch or --micro-batch")
 
 
-def fit_to_data(config, data, resumed=None):
-    """Fills in what depends on the data, and refuses data that do not fit the options or the run that is resumed."""
+def fit_to_data(config, data):
+    """Fills in what depends on the data, and refuses data that do not fit the options."""
     n, size, classes = len(data.labels), data.images.shape[-1], len(data.classes)
     source = source_of(config)
     fill_in(config, size=size, num_classes=classes)
@@ -478,8 +478,6 @@ def fit_to_data(config, data, resumed=None):
     alone = torch.bincount(data.labels, minlength=classes).min() < 2
     require(not objective.pairs or not alone,
             f"--loss {config.loss} needs two images of every class: raise --limit or mend the data")
-    if resumed:
-        require_same_data(config, data, resumed)
 
 
 def source_of(config):
@@ -487,17 +485,19 @@ def source_of(config):
     return f"--labels {config.labels}" if config.labels else f"--data {config.data}"
 
 
-def require_same_data(config, data, contents):
-    """Refuses other data than the run began with: a step is a place in the epochs of those."""
+def require_same_data(config, found, contents):
+    """Refuses other data than the run began with: a step is a place in the epochs of those.
+
+    found: what describe_data says of them. contents: the run's checkpoint; up to version 0.3 it holds only the classes.
+    """
     source = source_of(config)
     remedy = "name the run's own data"
-    require(list(data.classes) == contents["classes"],
+    began = found | contents
+    require(found["classes"] == began["classes"],
         f"{source} holds other classes than the run began with: {remedy}")
-    images = contents.get("images", len(data.labels))
-    require(len(data.labels) == images,
-            f"{source} holds {len(data.labels)} images, the run began with {images}: {remedy}")
-    found = checksum(data, config.data)
-    require(contents.get("checksum", found) == found,
+    require(found["images"] == began["images"],
+            f"{source} holds {found['images']} images, the run began with {began['images']}: {remedy}")
+    require(found["checksum"] == began["checksum"],
             f"{source} gives the images other names or labels than the run began with: {remedy}")
     if config.streams != STREAMS:
         chosen = config.subset < 1 or config.label_noise or config.limit and config.dataset == "folder"

@@ -12,9 +12,9 @@ from torch import nn
 from common.cli import Refused
 from common.config import config_of_checkpoint
 from common.models import bfloat16_is_fast, build_encoder, build_projection, encode, encode_images, refuse_size
-from common.models import widths_of
+from common.models import load_state, widths_of
 from common.objectives import OBJECTIVES
-from common.run_folder import checkpoint_of, load_checkpoint, load_plain, load_state, write_aside
+from common.run_folder import checkpoint_of, load_checkpoint, load_plain, write_aside
 from common.views import WorkerViews, draw_view, make_view, send, worker_batches
 
 

@@ -230,6 +230,19 @@ class Queue:
         self.z, self.y = (None if v is None else v.to(device) for v in (state["z"], state["y"]))
 
 
+# ---------------------------------------------------------------- the states of checkpoints
+
+
+def load_state(module, state, path):
+    """Loads the state of a module or optimizer from the checkpoint at `path`. It must have exactly its entries."""
+    try:
+        state = with_versions(state, module) if isinstance(module, nn.Module) else state
+        module.load_state_dict(state)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as e:
+        raise Refused(f"{path} does not hold the weights that its own options name: "
+                      "it is damaged or changed by hand, name another") from e
+
+
 def with_versions(entries, module):
     """The entries of a module with the versions of their layouts, which a checkpoint does not hold: some of
     torchvision's models cannot be loaded without them."""

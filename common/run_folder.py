@@ -26,7 +26,6 @@ import torch
 import torchvision
 
 from common.cli import Refused, say
-from common.models import with_versions
 
 try:
     import fcntl
@@ -93,16 +92,6 @@ def is_finished(contents, epochs):
     """Whether the run of a checkpoint has taken all steps of so many epochs."""
     images = contents.get("images")  # up to version 0.3 there is no such entry
     return images is not None and contents["step"] >= epochs * (images // contents["config"]["batch"])
-
-
-def load_state(module, state, path):
-    """Loads the state of a module or optimizer from the checkpoint at `path`. It must have exactly its entries."""
-    try:
-        state = with_versions(state, module) if isinstance(module, torch.nn.Module) else state
-        module.load_state_dict(state)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as e:
-        raise Refused(f"{path} does not hold the weights that its own options name: "
-                      "it is damaged or changed by hand, name another") from e
 
 
 def is_there(path):

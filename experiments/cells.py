@@ -30,8 +30,8 @@ import pretrain
 from common.cli import NotFinite, Refused, say
 from common.figures import COLOURS, pyplot, save
 from common.metrics import topk
-from common.models import build_model
-from common.run_folder import is_finished, load_checkpoint, load_state, newest_checkpoint
+from common.models import build_model, load_state
+from common.run_folder import is_finished, load_checkpoint, newest_checkpoint
 from common.views import draw_view, make_view
 
 # ---------------------------------------------------------------- how large

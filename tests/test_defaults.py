@@ -210,27 +210,28 @@ def test_what_is_given_beside_a_recipe_takes_along_what_is_bound_to_it():
     "images_then, classes_then", [(199, ["a", "b"]), (201, ["a", "b"]), (200, ["b", "a"]), (200, ["a", "b", "c"])]
 )
 def test_a_run_goes_on_with_the_data_that_it_began_with_alone(images_then, classes_then):
-    data, config = common.data.Data(None, torch.zeros(200), ["a", "b"]), completed()
-    common.config.require_same_data(config, data, {"classes": ["a", "b"], "images": 200})
+    found = common.data.describe_data(common.data.Data(None, torch.zeros(200), ["a", "b"]), "")
+    common.config.require_same_data(completed(), found, {"classes": ["a", "b"], "images": 200})
     with pytest.raises(common.cli.Refused):
-        common.config.require_same_data(config, data, {"classes": classes_then, "images": images_then})
+        common.config.require_same_data(completed(), found, {"classes": classes_then, "images": images_then})
 
 
 def test_a_run_of_an_earlier_version_goes_on_but_not_with_other_images(capsys):
     """Its random streams were others: the images of its --subset, and the labels of its --label-noise, were as well."""
-    data, contents = common.data.Data(None, torch.zeros(200), ["a", "b"]), {"classes": ["a", "b"], "images": 200}
+    found = common.data.describe_data(common.data.Data(None, torch.zeros(200), ["a", "b"]), "")
+    contents = {"classes": ["a", "b"], "images": 200}
     for words in (["--subset", "0.5"], ["--label-noise", "0.1"], ["--dataset", "folder", "--limit", "9"]):
         config = completed(*words)
-        common.config.require_same_data(config, data, contents)
+        common.config.require_same_data(config, found, contents)
         config.streams = None
         with pytest.raises(common.cli.Refused, match="of an earlier version"):
-            common.config.require_same_data(config, data, contents)
+            common.config.require_same_data(config, found, contents)
     assert not capsys.readouterr().out
     config = completed("--limit", "150")
     config.streams = None
-    common.config.require_same_data(config, data, contents)
+    common.config.require_same_data(config, found, contents)
     assert "of an earlier version: from here on its order and its views" in capsys.readouterr().out
     config = completed("--subset", "0.5")
     config.streams = 2  # whose views were others, but not its subsets
-    common.config.require_same_data(config, data, contents)
+    common.config.require_same_data(config, found, contents)
     assert "of an earlier version: from here on its views" in capsys.readouterr().out

@@ -20,7 +20,7 @@ import losses
 from children import call
 from runs import torchrun
 
-SIZES = (losses.MATRIX, losses.ROWS, losses.COLUMNS), (0, 4, 5)  # a matrix of scores, and strips below any shard here
+SIZES = (losses.MATRIX, losses.STRIP), (0, (4, 5))  # a matrix of scores, and strips below any shard here
 SHARDS = {1: [(0, 13)], 2: [(0, 9), (9, 13)], 3: [(0, 4), (4, 4), (4, 13)], 4: [(0, 0), (0, 1), (1, 8), (8, 13)]}
 
 
@@ -119,7 +119,7 @@ def compare(seed):
 def compare_all(seeds):
     dist.init_process_group("gloo")
     for seed in seeds:
-        losses.MATRIX, losses.ROWS, losses.COLUMNS = SIZES[seed % 2]
+        losses.MATRIX, losses.STRIP = SIZES[seed % 2]
         compare(seed)
     gc.collect()  # DistributedDataParallel holds itself, and gloo aborts at exit while it is there
     dist.barrier()

@@ -35,10 +35,10 @@ keeps = nears = st.booleans()
 def strips_of(rows, kept=True, near=True):
     """Every batch goes through strips of `rows` anchors and two more columns; None stands for the matrix form. The
     strips are kept for the backward or computed again. If not near, no shift serves, and whole rows are taken."""
-    before = {name: getattr(losses, name) for name in ("ROWS", "COLUMNS", "KEPT", "NEAR", "MATRIX")}
+    before = {name: getattr(losses, name) for name in ("STRIP", "WHOLE", "KEPT", "NEAR", "MATRIX")}
     try:
         if rows:
-            losses.ROWS, losses.COLUMNS = rows, rows + 2
+            losses.STRIP, losses.WHOLE = (rows, rows + 2), 12 * rows
             losses.KEPT, losses.NEAR, losses.MATRIX = kept * losses.KEPT, near * losses.NEAR, 0
         else:
             losses.MATRIX = math.inf
