@@ -28,7 +28,7 @@ from torch import nn
 import losses
 from common.cli import Refused, is_first, run_command, say
 from common.config import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, refuse_two_rates, require
-from common.data import DATASETS, Data, Missing, all_but, generator, load_data, stratified, take
+from common.data import DATASETS, Data, Missing, all_but, generator, hold_out, load_data, stratified, take
 from common.data import with_classes_of
 from common.figures import draw_probe, pyplot
 from common.frozen import Classifier, Frozen, as_linear, extract, fingerprint, load_encoder, write_classifier
@@ -43,7 +43,6 @@ from common.run_folder import checkpoint_of, kind_of_its_own, suffix
 LRS = 0.01, 0.03, 0.1, 0.3, 1.0  # SGD's grid, on standardised features
 DECAYS = 0.0, 1e-4, 1e-3, 1e-2
 OF_SGD = {"recipe", "augment", "epochs", "batch", "lr", "lr_per_256", "momentum", "nesterov", "schedule", "warmup"}
-HELD_OUT = 0.1
 
 # ---------------------------------------------------------------- the linear classifier
 
@@ -63,14 +62,16 @@ def fit_cells(features_of, labels, num_classes, cells, fit):
 
 def train_cells(features_of, labels, num_classes, cells, fit):
     """As fit_cells, by SGD, LARS or RMSProp: all cells are trained together, as one layer."""
-    r, K = features_of(0), len(cells)
+    r = features_of(0)
+    K = len(cells)
     n, D = r.shape
     weights = [nn.Parameter(r.new_zeros(num_classes, D)) for _ in cells]
     biases = [nn.Parameter(r.new_zeros(num_classes)) for _ in cells]
     groups = [{"params": [w, b], "lr": lr, "weight_decay": decay} for w, b, (lr, decay) in zip(weights, biases, cells)]
     optimizer = make_optimizer(fit, groups, 1.0)
     batch = min(fit.batch, n)
-    steps, g = n // batch, torch.Generator().manual_seed(fit.seed)
+    steps = n // batch
+    g = torch.Generator().manual_seed(fit.seed)
     for epoch in range(fit.epochs):
         r = features_of(epoch) if epoch else r
         order = torch.randperm(n, generator=g).to(r.device)
@@ -106,14 +107,19 @@ def probe(r, labels, num_classes, cells, fit, augmented=None):
         spread = torch.where(spread > 1e-6, spread, 1)  # what never moves here may move in augmented images
     x = (r - centre).div_(spread)
     kept, held = hold_out(labels, fit.seed)
-    cell, temperature, held_out_top1, grid = cells[0], 1.0, None, []
+    cell = cells[0]
+    temperature = 1.0
+    held_out_top1 = None
+    grid = []
     if len(held):
         x_kept = x[kept]
         fitted = fit_cells(lambda epoch: x_kept, labels[kept], num_classes, cells, fit)
-        best, y = None, labels[held]
+        best = None
+        y = labels[held]
         for cell_k, weight, bias in zip(cells, *fitted):
             scores = x[held] @ weight.T + bias
-            top1, nll = topk(scores, y, 1), F.cross_entropy(scores, y).item()
+            top1 = topk(scores, y, 1)
+            nll = F.cross_entropy(scores, y).item()
             grid.append([*cell_k, round(top1, 3)])
             if scores.isfinite().all() and (best is None or (top1, -nll) > best):
                 best, cell, held_out_top1, temperature = (top1, -nll), cell_k, top1, best_temperature(scores, y)
@@ -126,14 +132,6 @@ def probe(r, labels, num_classes, cells, fit, augmented=None):
         raise Refused(f"the probe did not stay finite at a learning rate of {cell[0]}: lower --lr or lengthen --warmup")
     weight = weights[0] / spread
     return Probe(as_linear(weight, biases[0] - (weight * centre).sum(1)), temperature, cell, held_out_top1, grid)
-
-
-def hold_out(labels, seed):
-    """(kept, held): `held` has the rows of a tenth of every class of two or more images, and `kept` all others."""
-    labels = labels.cpu()
-    several = torch.nonzero(torch.bincount(labels)[labels] > 1).squeeze(1)
-    held = several[stratified(labels[several], HELD_OUT, generator("held out", seed))] if len(several) else several
-    return all_but(held, len(labels)), held
 
 
 # ---------------------------------------------------------------- what is measured beside
@@ -273,7 +271,8 @@ def seen_and_left_out(config, source):
 
 
 def extract_both(job, workers):
-    start, device = time.perf_counter(), job.frozen.mean.device
+    start = time.perf_counter()
+    device = job.frozen.mean.device
     r_train, r_test = (extract(job.frozen, data, workers=workers) for data in (job.train, job.test))
     y_train, y_test = job.train.labels.to(device), job.test.labels.to(device)
     return Features(r_train, y_train, r_test, y_test, time.perf_counter() - start)
@@ -321,8 +320,7 @@ def report(result, loss):
         f"top-5 {result['top5']:.2f} %  k-NN {result['knn_top1']:.2f} %  "
         f"({rate}weight decay {result['weight_decay']:g})")
     if result["held_out_top1"] is None:
-        say("no class has two images: nothing to choose with, so the first cell of the grid is taken",
-            err=True)
+        say("no class has two images: nothing to choose with, so the first cell of the grid is taken", err=True)
     say(f"calibration error {result['ece']:.4f}, after temperature {result['temperature']:.3f} "
         f"{result['ece_after_temperature']:.4f}; alignment {result['alignment']:.3f}, "
         f"uniformity {result['uniformity']:.3f}, tolerance {result['tolerance']:.3f}")
@@ -422,7 +420,8 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
     job = prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe, l2_normalize, fit.seed, device)
     folder = job.checkpoint.parent
     before = fingerprint(job.frozen)
-    features, start = extract_both(job, workers), time.perf_counter()
+    features = extract_both(job, workers)
+    start = time.perf_counter()
     if save_features_to:
         save_features(save_features_to, job.checkpoint, job.train, job.test, features.r_train, features.r_test)
     fitted = fit_classifier(job, features, cells, fit, augment, workers)

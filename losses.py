@@ -334,7 +334,8 @@ def _gather(*tensors):
     """The rows of all ranks, of each tensor, and how many of them come before this rank's."""
     if _world_size() == 1:
         return *tensors, 0
-    rank, first = dist.get_rank(), tensors[0]
+    rank = dist.get_rank()
+    first = tensors[0]
     rows = _sum_over_ranks((torch.arange(_world_size(), device=first.device) == rank) * len(first)).tolist()
     around = sum(rows[:rank]), sum(rows[rank + 1 :])
     tensors = (x if x.is_floating_point() else x.long() for x in tensors)  # what every backend can add up
@@ -607,7 +608,8 @@ def _sums_by_label(rows, y_a, y_b, own):
 
 def _sums_by_probability(rows, y_a, y_b, own):
     """As _sums_by_label. All is in the wide type, because a small overlap is a difference of large numbers."""
-    dtype, wide = rows.dtype, _wide(rows)
+    dtype = rows.dtype
+    wide = _wide(rows)
     rows, y_a, y_b = rows.to(wide), y_a.to(wide), y_b.to(wide)
     sums = _Scores.apply(y_a, _Scores.apply(rows.T, y_b.T, None), None)
     weight = _product(y_a, y_b.sum(0)[:, None]).squeeze(1)
@@ -622,7 +624,8 @@ def _sums_by_probability(rows, y_a, y_b, own):
 
 def _class_sums(rows, y_a, y_b):
     """For each anchor the sum of the rows with its label, (M, D)."""
-    known, wide = not torch.compiler.is_compiling() and rows.device.type == "cpu", _wide(rows)
+    known = not torch.compiler.is_compiling() and rows.device.type == "cpu"
+    wide = _wide(rows)
     count = 1 + int(torch.maximum(y_a.max(), y_b.max())) if known else len(y_a) + len(y_b)  # reading it stalls a GPU
     of_classes = rows.new_zeros(count, rows.shape[1], dtype=wide).index_add(0, y_b, rows.to(wide))
     return of_classes.index_select(0, y_a).to(rows.dtype)
@@ -664,13 +667,15 @@ def _log_sums(a: Tensor, b: Tensor | None, y_a: Tensor | None, y_b: Tensor | Non
     log_sum = sums.log2() + shift
     near = _are_near(log_sum, shift, valid)
     if not near:
-        log_sum, kept = _log_sums_of_rows(a, b, y_a, y_b, own), []
+        log_sum = _log_sums_of_rows(a, b, y_a, y_b, own)
+        kept = []
     return [log_sum, sums, shift, torch.tensor(near), *kept]
 
 def _sums_of_strips(a, b, y_a, y_b, own, shift, keep):
     """(sum_j 2^(s_ij - shift) and, given y, sum_j w_ij 2^(s_ij - shift), (1 or 2, M); the strips if they are kept)"""
     sums = a.new_zeros(1 if y_a is None else 2, len(a))
-    kept, room = [], a.new_empty(0)
+    kept = []
+    room = a.new_empty(0)
     for I, J, later, powers in _strips(a, b, own, shift, keep):
         parts = [powers]
         if y_a is not None:
@@ -746,7 +751,8 @@ def _strips(a, b, own, shift, keep=False, kept=()):
     strips are taken from it."""
     contrast = a if b is None else b
     rows, columns = STRIP if a.device.type == "cpu" else STRIP_ON_GPU
-    room, kept = a.new_empty(0), iter(kept)
+    room = a.new_empty(0)
+    kept = iter(kept)
     for i in range(0, len(a), rows):
         I = slice(i, min(i + rows, len(a)))
         for j in range(i if b is None else 0, len(contrast), columns):

@@ -141,7 +141,8 @@ def cached_gradients(run, batch, parts):
     1. Encode the parts without a graph. 2. Take the loss of all rows, and its gradient with respect to them. 3. Encode
     the parts again, with a graph, and push each one's gradient through. Batch norm sees a part at a time.
     """
-    config, views = run.config, run.config.views
+    config = run.config
+    views = run.config.views
     encoded, y = encode_without_graph(run, parts)
     z, *logits = outputs = [join_parts(rows, views).requires_grad_() for rows in encoded]
     loss = total_loss(config, z, logits[0] if logits else None, y, batch.index, run.contrasts())
@@ -204,7 +205,9 @@ class Run:
 
     def __init__(self, config, data, ranks, resumed=None):
         """resumed: the contents of a checkpoint, whose state this run takes over."""
-        self.config, self.device, self.step = config, ranks.device, 0
+        self.config = config
+        self.device = ranks.device
+        self.step = 0
         self.data = describe_data(data, config.data)
         if resumed:
             require_same_data(config, self.data, resumed)
@@ -317,7 +320,9 @@ def diagnose(run, z, data, test):
     is that of all ranks. Encoding without a gradient costs a third of a training step, so a twentieth of the views of
     an epoch costs 1.7 %.
     """
-    start, found, views = time.perf_counter(), {}, run.config.views
+    start = time.perf_counter()
+    found = {}
+    views = run.config.views
     z = F.normalize(z).unflatten(0, (views, -1))[:, :512].flatten(0, 1)
     if views > 1:
         found["alignment"] = losses.alignment(z, views=views).item()

@@ -47,7 +47,8 @@ def anchor_grad(i, z, y, tau, variant):
     X_ip = 1/|P(i)| (out) or exp(s_ip/tau) / sum_{p' in P(i)} exp(s_ip'/tau) (in)"""
     z = _rows(z, y)
     P, N = _positives(i, y), _negatives(i, y)
-    x, total = z @ z[i] / tau, np.zeros_like(z[i])
+    x = z @ z[i] / tau
+    total = np.zeros_like(z[i])
     for p in P:
         X_ip = 1 / len(P) if variant == "out" else np.exp(x[p] - _lse(x[P]))
         total += z[p] * (np.exp(x[p] - _lse(x[P + N])) - X_ip)
@@ -79,7 +80,8 @@ def supcon_against(z, y, contrast, y_contrast, tau=0.1, *, own=None, variant="ou
 
     A(i) is all rows of contrast. If own is given, row own + i is anchor i itself and is left out. P(i) is those of A(i)
     with i's label, and N(i) the others. denominator and class probabilities, (., C) on both sides, as above."""
-    z, contrast = _rows(z, y, (1, 2)), _rows(contrast)
+    z = _rows(z, y, (1, 2))
+    contrast = _rows(contrast)
     return _reduce(z, _against(variant, z, y, contrast, y_contrast, tau, own, denominator), reduction)
 
 
@@ -156,7 +158,8 @@ def tolerance_grad(z, y): return _gradient(z, _pairs(z, y), _score_slope)
 
 # Each yields (i, L_i, {a: dL_i/ds_ia}) for every anchor that counts, {a: dL_i/dd_ia} in a loss of distances.
 def _supcon(variant, z, y, tau, denominator="all", cap=None, views=2, k=None):
-    z, y = _rows(z, y, dims=(1, 2)), np.asarray(y)
+    z = _rows(z, y, dims=(1, 2))
+    y = np.asarray(y)
     _require(tau > 0, f"tau must be positive, got {tau}")
     _require(denominator in ("all", "one_positive", "negatives"), f"unknown denominator {denominator!r}")
     _require(y.ndim == 1 or (denominator, cap) == ("all", None), f"class probabilities with {denominator}, cap {cap}")
@@ -194,7 +197,8 @@ def _contrast(variant, x, w, D, tau):
 
 def _simple_contrastive(z, lam, images, k):
     for i, z_i in enumerate(z):
-        s, P = z @ z_i, _positives(i, images)
+        s = z @ z_i
+        P = _positives(i, images)
         N = sorted(_negatives(i, images), key=s.item, reverse=True)[:k]
         g = {p: -1 / len(P) for p in P} | {n: lam for n in N}
         if P:
@@ -227,7 +231,8 @@ def _triplet(z, y, margin, mining, soft):
         triplets = {"all": [(p, n) for p in P for n in N],
                     "hard": [(p, n) for p in P[-1:] for n in N[:1]],
                     "semihard": [(p, next((n for n in N if d[n] > d[p]), N[-1])) for p in P if N]}[mining]
-        L_i, h = 0.0, dict.fromkeys(P + N, 0.0)
+        L_i = 0.0
+        h = dict.fromkeys(P + N, 0.0)
         for p, n in triplets:
             u = d[p] - d[n] + margin
             slope = np.exp(-np.logaddexp(0, -u)) if soft else float(u > 0)
@@ -292,7 +297,8 @@ def _gradient(z, weights, slope):
 
 def _two_gradients(z, contrast, anchors):
     """(d/dz, d/dcontrast) of the mean of the anchors' L_i."""
-    anchors, M = list(anchors), len(z)
+    anchors = list(anchors)
+    M = len(z)
     weights = [(i, M + a, g[a] / len(anchors)) for i, L_i, g in anchors for a in g]
     return tuple(np.split(_gradient(np.vstack([z, contrast]), weights, _score_slope), [M]))
 

@@ -100,7 +100,8 @@ class Cifar10C:
                               "fetch the set again")
 
     def batches(self, name, severity):
-        values, n = self._read(name, 4), len(self.labels) // 5
+        values = self._read(name, 4)
+        n = len(self.labels) // 5
         first = (severity - 1) * n
         for rows in torch.arange(first, first + min(n, self.limit or n)).split(500):
             images = torch.from_numpy(np.array(values[rows[0] : rows[-1] + 1])).permute(0, 3, 1, 2)
@@ -284,7 +285,8 @@ def measure_corrupted(job, clean):
     missing = [name for name in NAMES if name not in names]
     if missing:
         say(f"{len(names)} of the benchmark's 15 corruptions; not here: {', '.join(missing)}")
-    part, about = partial_file(job), job.about | {"kind": job.source.kind, "names": names, "clean": clean}
+    part = partial_file(job)
+    about = job.about | {"kind": job.source.kind, "names": names, "clean": clean}
     errors, ece = taken_up(part, about) or ([{} for _ in job.classifiers], [{} for _ in job.classifiers])
     left_out = [name for name in names if name not in errors[0]]
     start = time.perf_counter()
@@ -356,7 +358,8 @@ def main(path, corrupted, baseline, data, download, limit, workers, seed, as_fil
     if figure:
         pyplot()  # said now, not after minutes
     job = prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_files, choose_device(device))
-    clean, start = measure_clean(job), time.perf_counter()
+    clean = measure_clean(job)
+    start = time.perf_counter()
     errors, ece = measure_corrupted(job, clean)
     kind = job.source.kind
     result = {"classifier": str(job.paths[0]), "kind": kind, "images": len(job.test.labels), "seed": seed,

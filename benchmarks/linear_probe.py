@@ -60,7 +60,8 @@ def usual_loop(frozen, train, test, cell, epochs, batch=512):
     Every batch is encoded when its turn comes, epoch after epoch.
     """
     start = now(frozen.mean.device)
-    device, (lr, decay) = frozen.mean.device, cell
+    device = frozen.mean.device
+    lr, decay = cell
     y_train, y_test = train.labels.to(device), test.labels.to(device)
     with torch.no_grad():
         r = extract(frozen, train)

@@ -117,7 +117,8 @@ def steps_of(config, data, workers):
 def views_on_one_core(data, size):
     """Functions that make views of 256 images, on one thread."""
     mean, std = mean_and_std("shapes", data.images)
-    transform, pictures = sim_augment(size, mean, std), [to_pil_image(x) for x in data.images[:256]]
+    transform = sim_augment(size, mean, std)
+    pictures = [to_pil_image(x) for x in data.images[:256]]
     steps = itertools.count()
 
     def ours():

@@ -35,14 +35,16 @@ class Kernels(TorchDispatchMode):
         self.gpu, self.count, self.flops, self.busy, self.kept, self.bytes_kept = gpu, 0, 0, 0.0, {}, 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result, name = op(*args, **(kwargs or {})), op.overloadpacket.__name__
+        result = op(*args, **(kwargs or {}))
+        name = op.overloadpacket.__name__
         tensors = [x for x in torch.utils._pytree.tree_leaves((args, result)) if hasattr(x, "held")]
         if tensors and not op.is_view and name not in NO_KERNELS:
             formula = flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))
             flops = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
             moved = sum(min(x.held.nbytes, x.held.untyped_storage().nbytes()) for x in tensors)
             rate = self.gpu.tflops if tensors[0].dtype == torch.bfloat16 else self.gpu.tflops_float32
-            self.count, self.flops = self.count + 1, self.flops + flops
+            self.count += 1
+            self.flops += flops
             self.busy += max(flops / rate, moved / self.gpu.bandwidth) / 1e12
         return result
 

@@ -382,7 +382,8 @@ def fill_in(config, **defaults):
 
 def fill_in_defaults(config):
     """Fills in every default that depends on other options alone."""
-    objective, light = OBJECTIVES[config.loss], config.dataset == "shapes"
+    objective = OBJECTIVES[config.loss]
+    light = config.dataset == "shapes"
     fill_in(config, arch="small" if light else "resnet50", batch=64 if light else 1024, epochs=12 if light else 1000)
     fill_in(config, tau=objective.tau, margin=objective.margin, views=objective.views)
     if objective.nearest:
@@ -405,7 +406,8 @@ def negatives_of_an_image(config):
 def complete(config, world):
     """Fills in the defaults, and refuses what cannot work on `world` ranks, whatever the data."""
     fill_in_defaults(config)
-    loss, objective = config.loss, OBJECTIVES[config.loss]
+    loss = config.loss
+    objective = OBJECTIVES[config.loss]
     if config.tensorboard and is_first():
         summary_writer()  # whose package may be lacking
     require(config.warmup < config.epochs, f"--warmup {config.warmup} must be shorter than --epochs {config.epochs}")

@@ -78,7 +78,8 @@ def defocus_blur(x, c, g):
 def zoom_blur(x, c, g):
     """The mean of the image and of c[0] enlargements of its middle, by 1, 1 + c[1], 1 + 2 c[1], ..."""
     count, step = c
-    H, total = x.shape[-1], x.clone()
+    H = x.shape[-1]
+    total = x.clone()
     for k in range(count):
         zoom = 1 + k * ((1 + step) - 1)  # as np.arange has it: a last bit can decide over a row of pixels
         part = math.ceil(H / zoom)
@@ -144,7 +145,8 @@ def gaussian_rows(size, sigma):
 
 def pixelate(images, c):
     """Shrinks and enlarges by Pillow's box filter."""
-    H, small = images.shape[-1], int(images.shape[-1] * c)
+    H = images.shape[-1]
+    small = int(images.shape[-1] * c)
     box = {"interpolation": InterpolationMode.BOX}
 
     def one(image):

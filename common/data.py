@@ -108,7 +108,8 @@ def first_difference(mine, theirs):
 def load(config, download, with_test):
     """(training set, test set or None) as the options want them. Only rank 0 needs the test set, for its diagnosis."""
     source = {"size": config.size, "download": download, "stream": config.stream, "table": config.labels}
-    data, test = load_data(config.dataset, config.data, train=True, limit=config.limit, **source), None
+    data = load_data(config.dataset, config.data, train=True, limit=config.limit, **source)
+    test = None
     if with_test and data.classes:
         with contextlib.suppress(Missing):
             test = load_data(config.dataset, config.data, train=False, **source)
@@ -228,6 +229,14 @@ def stratified(labels, fraction, g):
     """The rows of a `fraction` of every class, at least one of each, in ascending order."""
     members = (m[torch.randperm(len(m), generator=g)] for m in images_of_classes(labels))
     return torch.cat([m[: max(1, round(fraction * len(m)))] for m in members]).sort().values
+
+
+def hold_out(labels, seed):
+    """(kept, held): `held` has the rows of a tenth of every class of two or more images, and `kept` all others."""
+    labels = labels.cpu()
+    several = torch.nonzero(torch.bincount(labels)[labels] > 1).squeeze(1)
+    held = several[stratified(labels[several], 0.1, generator("held out", seed))] if len(several) else several
+    return all_but(held, len(labels)), held
 
 
 def with_label_noise(labels, share, num_classes, g):

@@ -79,12 +79,14 @@ def floor_and_collapse(run, steps):
 
 def draw_probe(path, result, confusion, r, labels, classes):
     """Draws reliability, features r (n, D) on two main axes, and the confusion matrix (percent of the true class)."""
-    plt, classes = pyplot(), list(map(printable, classes))
+    plt = pyplot()
+    classes = list(map(printable, classes))
     figure, axes = plt.subplot_mosaic([["reliability", "features"], ["confusion", "confusion"]], figsize=(9, 11),
                                       height_ratios=[2, 3], layout="constrained")
     draw_reliability(axes["reliability"], result)
     draw_features(plt, axes["features"], r[:2000], labels[:2000].cpu().numpy(), classes)
-    axis, share = axes["confusion"], 100 * confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    axis = axes["confusion"]
+    share = 100 * confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     image = axis.imshow(share.cpu().numpy(), cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axis, label="% of the true class")
     axis.set(xlabel="predicted class", ylabel="true class", title=f"top-1 {result['top1']:.2f} %")

@@ -49,7 +49,8 @@ class Frozen(nn.Module):
         return self.scaled(encode_images(self.encoder, images, self.mean, self.std, self.autocast))
 
     def require_images(self, x):
-        is_float, H = x.is_floating_point(), self.size
+        is_float = x.is_floating_point()
+        H = self.size
         if x.ndim not in (3, 4) or x.shape[-3:] != (3, H, H) or not (is_float or x.dtype == torch.uint8):
             self.refuse(f"{x.dtype} of shape {tuple(x.shape)}")
         if is_float and not self.range_is_known and x.numel():
@@ -81,7 +82,8 @@ def load_projection(path):
     contents = load_checkpoint(checkpoint_of(path))
     if "projection" not in contents:
         return None
-    weights, config = contents["projection"], config_of_checkpoint(contents)
+    weights = contents["projection"]
+    config = config_of_checkpoint(contents)
     projection = build_projection(widths_of(config.projection, weights["0.weight"].shape[1]))
     load_state(projection, weights, path)
     return lambda r: F.normalize(projection(r)) if OBJECTIVES[config.loss].unit else projection(r)
@@ -119,14 +121,16 @@ def fingerprint(module):
 @torch.no_grad()
 def extract(frozen, data, key=None, batch=500, workers=2):
     """r (n, width) of the images. With a key, r of random views of them instead, cropped as in training and flipped."""
-    rows, crop_min = torch.arange(len(data.labels)).split(batch), frozen.config.get("crop_min", 0.2)
+    rows = torch.arange(len(data.labels)).split(batch)
+    crop_min = frozen.config.get("crop_min", 0.2)
     if data.files is not None:
         items = ([(row, *key, row) if key else (row,) for row in part.tolist()] for part in rows)
         read = worker_batches(WorkerViews(data, "crop" if key else "none", crop_min), items, workers)
         return torch.cat([frozen(x) for x in read])
     if key is None:
         return torch.cat([frozen(data.images[part]) for part in rows])
-    parts, device = [], frozen.mean.device
+    parts = []
+    device = frozen.mean.device
     for k, part in enumerate(rows):
         view = draw_view(len(part), frozen.size, "crop", (*key, k), crop_min=crop_min)
         images = send(data.images[part], device)
@@ -155,7 +159,8 @@ def save_features(path, checkpoint, train, test, r_train, r_test):
     train, test: the Data that the features r (n, width) are of. NAME_features, NAME_labels, NAME_z (n, D) where the run
     has a projection head, NAME_paths where the images are files, for the names train and test; and class_names.
     """
-    projection, arrays = load_projection(checkpoint), {"class_names": np.array(train.classes)}
+    projection = load_projection(checkpoint)
+    arrays = {"class_names": np.array(train.classes)}
     for name, data, r in (("train", train, r_train.cpu()), ("test", test, r_test.cpu())):
         arrays |= {f"{name}_features": r.numpy(), f"{name}_labels": data.labels.numpy()}
         if projection:

@@ -79,7 +79,8 @@ def as_seen(image):
 
 def in_8_bits(image):
     """The upper 8 bits of a grey image of 16, or as many as its TIFF tags say."""
-    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
     grey = values >> tags.get(BITS, (16,))[0] - 8
     if tags.get(WHITE_IS_ZERO) == 0:
         grey = 255 - grey

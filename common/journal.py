@@ -33,7 +33,8 @@ def open_journal(run, data, test, ranks, resumed):
 
 
 def announce(run, data, test, world):
-    config, size = run.config, data.images.shape[-1]
+    config = run.config
+    size = data.images.shape[-1]
     weights = sum(p.numel() for p in run.model.encoder.parameters()) / 1e6
     stem = f"{config.stem} stem, " if config.stem else ""
     precision = f"{str(run.autocast).removeprefix('torch.')} autocast" if run.autocast else "no autocast"
@@ -89,9 +90,13 @@ class Journal:
     """
 
     def __init__(self, run, world, resumed, collapse, floor):
-        self.config, self.collapse, self.saved = run.config, collapse, run.step
+        self.config = run.config
+        self.collapse = collapse
+        self.saved = run.step
         self.losses = Losses(resumed.get("losses_of_epoch", ()) if resumed else ())
-        self.entry, self.lr, self.shown = None, None, 0.0
+        self.entry = None
+        self.lr = None
+        self.shown = 0.0
         self.sound = True  # see `writing`
         first = None if resumed else run.checkpoint([], 0.0)
         about = describe_run(run.config, run.device, world) | {"collapse": collapse, "floor": floor}
@@ -149,7 +154,8 @@ class Journal:
     def write_step(self, run):
         self.refuse_non_finite(run)
         self.count_seconds()
-        config, loss = self.config, self.losses.numbers[-1]
+        config = self.config
+        loss = self.losses.numbers[-1]
         rate = (len(self.losses) - self.steps_before) * config.batch / (self.seconds - self.seconds_before)
         epoch = math.ceil(run.step / run.steps_per_epoch)
         self.log({"step": run.step, "epoch": epoch, "loss": loss, "lr": self.lr, "images_per_s": round(rate, 1)})

@@ -46,11 +46,14 @@ def read_table(table):
     if head not in COLUMNS:
         raise Refused(f"--labels {table} begins with {','.join(head)[:60]!r}: its first line must be path,label or "
                       "path,label,split")
-    rows, first = [], {}
+    rows = []
+    first = {}
     for line, cells in lines:
         if len(cells) != len(head) or not all(cells):
             raise Refused(f"--labels {table}, line {line}: it must hold {', '.join(head)}, each of them once")
-        path, label, split = os.path.normpath(cells[0]), cells[1], cells[2] if len(cells) > 2 else "train"
+        path = os.path.normpath(cells[0])
+        label = cells[1]
+        split = cells[2] if len(cells) > 2 else "train"
         if split not in SPLITS[True] + SPLITS[False]:
             raise Refused(f"--labels {table}, line {line}: the split {split!r} is not train, test or val: name one")
         if path in first:

@@ -20,7 +20,8 @@ def confusion(scores, labels):
 
 def worst_confusions(scores, labels, classes, count=5):
     """The most frequent mistakes as [true class, predicted class, percent of the true class's images]."""
-    n, table = len(classes), confusion(scores, labels).double()
+    n = len(classes)
+    table = confusion(scores, labels).double()
     share = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
     share.fill_diagonal_(0)
     values, where = share.flatten().topk(min(count, n * n))
@@ -68,7 +69,8 @@ def best_temperature(scores, labels):
 
 def knn_top1(bank, bank_labels, query, query_labels, k=200, tau=0.07):
     """Weighted k-NN accuracy in percent (Wu et al. 2018): neighbours vote exp(s/tau), s the cosine similarity."""
-    bank, right = F.normalize(bank), 0
+    bank = F.normalize(bank)
+    right = 0
     count = max(1, SIMILARITIES // len(bank))
     for q, y in zip(F.normalize(query).split(count), query_labels.split(count)):
         s, nearest = (q @ bank.T).topk(min(k, len(bank)), dim=1)
@@ -85,8 +87,10 @@ def retrieval(features, labels):
     share among the R nearest, and MAP@R is 1/R sum_{i = 1 ... R} [the i-th nearest is one] * (their share among the i
     nearest) (Musgrave et al. 2020). Rows alone in their class are left out; if all are, the values are None.
     """
-    z, R = F.normalize(features), labels.bincount()[labels] - 1
-    asked, found = torch.nonzero(R).squeeze(1), []
+    z = F.normalize(features)
+    R = labels.bincount()[labels] - 1
+    asked = torch.nonzero(R).squeeze(1)
+    found = []
     if not len(asked):
         return {"recall_at_1": None, "r_precision": None, "map_at_r": None}
     for rows in asked.split(max(1, SIMILARITIES // len(z))):

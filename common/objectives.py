@@ -147,7 +147,8 @@ def collapse_and_floor(config, labels):
     For NT-Xent each image is a class. A simplex needs G - 1 dimensions: with fewer the loss stays above. For classes of
     unequal size this is the loss of the simplex, and the least one is a little lower.
     """
-    objective, rows = OBJECTIVES[config.loss], config.batch * config.views
+    objective = OBJECTIVES[config.loss]
+    rows = config.batch * config.views
     is_masked = config.denominator != "all" or config.positives_cap is not None
     if not objective.bounds_known or config.ce_weight or config.mix or config.queue or is_masked:
         return None, None

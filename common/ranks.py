@@ -48,7 +48,8 @@ WORKING_TIME = timedelta(hours=2)  # ranks wait for one that downloads or reads;
 def form_group():
     """Forms the process group of the ranks that torchrun started. Raises Refused where they do not find each other."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    restart, end = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0), time.monotonic() + MEETING_TIME
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    end = time.monotonic() + MEETING_TIME
     met = 0  # times that all ranks came, and got no group: all of them count these alike
     while True:
         try:
@@ -82,7 +83,8 @@ def set_timeout(timeout):
 def wait_for_all(store, rank, world, end):
     """Returns as soon as `world` ranks have come to the store. Raises RuntimeError after the time `end`."""
     is_new = store.add(f"rank {rank}", 1) == 1  # and not back after a broken connection
-    came, says_at = store.add("came", int(is_new)), time.monotonic() + PATIENCE
+    came = store.add("came", int(is_new))
+    says_at = time.monotonic() + PATIENCE
     while came < world:
         if time.monotonic() > end:
             raise RuntimeError(f"{came} of {world} ranks came")

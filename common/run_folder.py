@@ -131,8 +131,11 @@ class RunFolder:
     """
 
     def __init__(self, path, about, first=None, step=0):
-        self.path, self._log, self._lock_by_name = path, None, False
-        self._writer, self._written = ThreadPoolExecutor(1), None  # _written: the Future of the newest checkpoint
+        self.path = path
+        self._log = None
+        self._lock_by_name = False
+        self._writer = ThreadPoolExecutor(1)
+        self._written = None  # the Future of the newest checkpoint
         self.seconds_saving = 0.0
         refuse_unusable(path, resuming=first is None)
         try:

@@ -129,7 +129,8 @@ def resize_matrix(start, length, size):
 
 def blur(x, sigma):
     """Gaussian blur of sigma (n,) pixels, as torchvision's gaussian_blur; the kernel is a tenth of the image wide."""
-    size, reach = x.shape[-1], x.shape[-1] // 20
+    size = x.shape[-1]
+    reach = x.shape[-1] // 20
     offset = torch.arange(-reach, reach + 1, device=x.device)
     kernel = (-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2).exp()
     kernel = kernel / kernel.sum(1, keepdim=True)
@@ -208,7 +209,8 @@ class WorkerViews(torch.utils.data.Dataset):
             "rand": [*crop, transforms.RandAugment()],
             "stacked-rand": [*crop, transforms.RandAugment(magnitude=30)],  # the official code's 10 of 10
         }
-        self.data, self.transform = data, transforms.Compose(steps.get(augment, crop))
+        self.data = data
+        self.transform = transforms.Compose(steps.get(augment, crop))
 
     def __getitem__(self, item):
         row, *key = item
@@ -332,9 +334,11 @@ class Batch:
 
 def make_batches(config, data, ranks, mean, std, first_step):
     """Yields this rank's Batch of every step from `first_step` on. Raises Refused where an image cannot be read."""
-    device, share = ranks.device, config.batch // ranks.world
+    device = ranks.device
+    share = config.batch // ranks.world
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)  # of the global batch
-    index, labels = torch.arange(mine.start, mine.stop), data.labels.to(device)
+    index = torch.arange(mine.start, mine.stop)
+    labels = data.labels.to(device)
     on_device = index.to(device)
     in_workers = are_made_in_workers(config)
     images = None if in_workers else data.images.to(device)

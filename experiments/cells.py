@@ -63,7 +63,8 @@ SCALES = {
 def training_words(scale, loss, *, views=2, lr=1, batch=1, times=1, words=""):
     """The words of a training. lr, batch and times multiply the scale's rate, batch and number of views."""
     epochs = max(1, round(2 * times * scale.epochs / views))
-    size, rate = round(batch * scale.batch), lr * scale.lr
+    size = round(batch * scale.batch)
+    rate = lr * scale.lr
     return f"--loss {loss} --views {views} --epochs {epochs} --batch {size} --lr {rate:g} {words}".strip()
 
 
@@ -160,7 +161,10 @@ def views_of_test_images(contents, count, augment, views):
     data = common.data.load_data(config["dataset"], config["data"], train=False, size=config["size"], limit=count,
                                  table=config.get("labels"))
     data = common.data.with_classes_of(SimpleNamespace(classes=contents["classes"]), data, config["data"])
-    size, crop_min, mean, std = config["size"], config["crop_min"], contents["mean"], contents["std"]
+    size = config["size"]
+    crop_min = config["crop_min"]
+    mean = contents["mean"]
+    std = contents["std"]
     drawn = [draw_view(len(data.labels), size, augment, (config["seed"], 12, v), crop_min=crop_min)
              for v in range(views)]
     return torch.cat([make_view(data.images, view, mean, std) for view in drawn]), data.labels.repeat(views)
@@ -222,7 +226,8 @@ def run_all(experiment, scale_name, seeds, only, results, runs, more):
 def refuse_other_trainings(path, cells, scale):
     """Raises Refused where a result in the file is of a training with other words than the cell of its name has now."""
     for result in read(path):
-        cell, seed = cells.get(result["cell"]), result["seed"]
+        cell = cells.get(result["cell"])
+        seed = result["seed"]
         if cell and result["train"].split() != words_of(cell, scale, seed)[0].split():
             raise Refused(f"{path} holds the cell {result['cell']}, seed {seed}, of another training "
                           f"({result['train']}): name another --results, or take its line away")
@@ -329,7 +334,8 @@ def as_markdown(head, rows):
 
 def write_report(experiment, scale_name, folder):
     """Writes the table and the picture of the results in `folder` beside them, and returns the claims."""
-    scale, path = SCALES[scale_name], folder / f"{experiment.name}-{scale_name}.jsonl"
+    scale = SCALES[scale_name]
+    path = folder / f"{experiment.name}-{scale_name}.jsonl"
     results = read(path)
     found = by_cell(results)
     seeds = ", ".join(map(str, sorted(set(values(results, "seed")))))

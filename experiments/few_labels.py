@@ -44,13 +44,15 @@ def from_scratch(part):
 def with_few(scale, folder):
     """Top-1 of further probes of a run's encoder, and of fine-tuning it, each with a part of the labels."""
     options = json.loads((folder / "config.json").read_text())["options"]
-    seed, found = options["seed"], {}
+    seed = options["seed"]
+    found = {}
     for part in PARTS:
         words = f"{shlex.quote(str(folder))} {scale.probe} --subset {part:g} --seed {seed}"
         found[probed_key(part)] = command(linear_probe, words)["top1"]
     for part in ALL:
         tuned = folder.with_name(f"{folder.name}-tuned-{part:g}")
-        data, start = shlex.quote(options["data"]), shlex.quote(str(folder))
+        data = shlex.quote(options["data"])
+        start = shlex.quote(str(folder))
         words = f"--data {data} --seed {seed} --subset {part:g} --init {start}"
         few = training_words(scale, "ce", views=1, batch=0.25, lr=0.05, times=0.25 / part, words=words)
         train_run(f"{scale.train} {few}", tuned)

@@ -73,7 +73,8 @@ def measured(z, y, i, tau, variant):
     columns of its own; the gradient in the copy is then what this row contributes."""
     others = torch.arange(len(z)) != i
     copies = z[i].repeat(len(z) - 1, 1).requires_grad_()
-    anchor, contrasts = F.normalize(copies).reshape(1, -1), torch.block_diag(*z[others, None])  # (N, N D)
+    anchor = F.normalize(copies).reshape(1, -1)
+    contrasts = torch.block_diag(*z[others, None])  # (N, N D)
     loss = losses.supcon_against(anchor, y[i : i + 1], contrasts, y[others], tau, variant=variant)
     return torch.autograd.grad(loss, copies)[0].norm(dim=1)
 
@@ -107,7 +108,8 @@ def draw(plt, found):
 
 
 def claims(found):
-    words, paper = "a hard positive moves the anchor more than an easy one", "section 7: for both losses"
+    words = "a hard positive moves the anchor more than an easy one"
+    paper = "section 7: for both losses"
     return [Claim(f"{words}: {name} encoder", paper, f"{part['hard']:.2g} against {part['easy']:.2g}",
                   "held (one seed)" if part["hard"] > part["easy"] else "not held (one seed)")
             for name, part in parts(found) if not name.endswith("untrained")]

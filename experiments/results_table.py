@@ -78,7 +78,8 @@ def compared(runs):
 
 def worth(run):
     """How far a run has come and what it reached, as far as that is known."""
-    last, probe = run.last, run.probe or {}
+    last = run.last
+    probe = run.probe or {}
     return [
         f"{last.get('epoch', 0)} of {run.options['epochs']}",
         cell(last.get("mean_loss")),
@@ -109,7 +110,8 @@ TRAINED = [
 
 def trained(run):
     """A row of the table of how the runs were trained: a list of cells."""
-    o, last = run.options, run.last
+    o = run.options
+    last = run.last
     tau = f"{o['tau']:g}" if o["tau"] else ""
     return [
         run.name,

@@ -107,7 +107,7 @@ def test_held_out_images_are_not_fitted_to():
 
 
 def test_every_class_of_several_images_gives_some_to_the_held_out_part():
-    kept, held = linear_probe.hold_out(torch.tensor([0] * 30 + [1] * 10 + [2] * 2 + [3]), 0)
+    kept, held = common.data.hold_out(torch.tensor([0] * 30 + [1] * 10 + [2] * 2 + [3]), 0)
     assert sorted([*kept.tolist(), *held.tolist()]) == list(range(43))
     assert torch.bincount(torch.tensor([0] * 30 + [1] * 10 + [2] * 2 + [3])[held], minlength=4).tolist() == [3, 1, 1, 0]
 
