@@ -109,20 +109,20 @@ def probe(r, labels, num_classes, cells, fit, augmented=None):
     kept, held = hold_out(labels, fit.seed)
     cell = cells[0]
     temperature = 1.0
-    held_out_top1 = None
+    best = None  # (top-1, minus the cross-entropy) of the best cell on the held-out images
     grid = []
     if len(held):
         x_kept = x[kept]
         fitted = fit_cells(lambda epoch: x_kept, labels[kept], num_classes, cells, fit)
-        best = None
         y = labels[held]
         for cell_k, weight, bias in zip(cells, *fitted):
             scores = x[held] @ weight.T + bias
-            top1 = topk(scores, y, 1)
-            nll = F.cross_entropy(scores, y).item()
-            grid.append([*cell_k, round(top1, 3)])
-            if scores.isfinite().all() and (best is None or (top1, -nll) > best):
-                best, cell, held_out_top1, temperature = (top1, -nll), cell_k, top1, best_temperature(scores, y)
+            quality = topk(scores, y, 1), -F.cross_entropy(scores, y).item()
+            grid.append([*cell_k, round(quality[0], 3)])
+            if scores.isfinite().all() and (best is None or quality > best):
+                best = quality
+                cell = cell_k
+                temperature = best_temperature(scores, y)
 
     def features_of(epoch):
         return x if augmented is None else (augmented(epoch) - centre) / spread
@@ -131,7 +131,7 @@ def probe(r, labels, num_classes, cells, fit, augmented=None):
     if not (weights.isfinite().all() and biases.isfinite().all()):
         raise Refused(f"the probe did not stay finite at a learning rate of {cell[0]}: lower --lr or lengthen --warmup")
     weight = weights[0] / spread
-    return Probe(as_linear(weight, biases[0] - (weight * centre).sum(1)), temperature, cell, held_out_top1, grid)
+    return Probe(as_linear(weight, biases[0] - (weight * centre).sum(1)), temperature, cell, best and best[0], grid)
 
 
 # ---------------------------------------------------------------- what is measured beside
@@ -314,7 +314,7 @@ def measure(job, fitted, features, seed):
 
 
 def report(result, loss):
-    """Prints what probe.json holds."""
+    """Prints the main numbers of probe.json."""
     rate = "" if result["lr"] is None else f"lr {result['lr']:g}, "
     say(f"{result['dataset']}, linear probe on {loss} features: top-1 {result['top1']:.2f} %  "
         f"top-5 {result['top5']:.2f} %  k-NN {result['knn_top1']:.2f} %  "
@@ -410,7 +410,7 @@ def main(context, checkpoint, recipe, dataset, data, download, limit, subset, va
          with_baselines, figure, save_features_to, device, **options):
     """Fit a linear classifier to the frozen features of CHECKPOINT, a ckpt.pt or its folder, and test it."""
     if not is_first():
-        return  # of the ranks of a torchrun one works
+        return  # of the ranks that torchrun starts only the first one works
     given = {k for k in context.params if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
     fit, cells = complete_fit(recipe, options, given)
     if figure:

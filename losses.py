@@ -6,8 +6,8 @@
     loss = supcon_out(z, labels.repeat(2), tau=0.1)                   # a scalar: the mean over the anchors
     loss.backward()
 
-Notation, as in the paper (Khosla et al. 2020, arXiv 2004.11362v5, cited as "A"; Wang & Liu 2021, arXiv 2012.09740,
-as "B"). n images with V views make N = nV rows z_i of D numbers, view 0 of every image first:
+Notation, as in the paper (Khosla et al. 2020, arXiv 2004.11362v5; "Wang" is Wang & Liu 2021, arXiv 2012.09740).
+n images with V views make N = nV rows z_i of D numbers, view 0 of every image first:
 
     s_ij = z_i . z_j      A(i) = all rows but i      P(i) = rows of A(i) with the label of i      N(i) = the rest
 
@@ -16,12 +16,13 @@ L_out is a cross-entropy: between the target T_ip = 1/|P(i)| on P(i) and the sof
     dL_i/dz_i = 1/tau sum_{a in A(i)} (P_ia - T_ia) z_a = 1/tau (sum_{a in A(i)} P_ia z_a - mean_{p in P(i)} z_p),
 
 and row z_i, a contrast of every other anchor j, receives dL_j/dz_i = 1/tau (P_ji - T_ji) z_j from each of them too.
-For L_in T_ip is X_ip, the softmax of s_ip/tau over P(i) alone (A eq. 5).
+For L_in T_ip is X_ip, the softmax of s_ip/tau over P(i) alone (Khosla eq. 5).
 
 A loss is the mean over the anchors i that have a positive; the others are left out of mean and gradient alike, and a
-batch without any gives 0. Nothing is scaled by a hidden factor and nothing is normalised: the functions are the
-equations. reduction="none" returns one value per row, 0 for a row that is left out. A negative label is a class like
-any other. To rows without a label, give classes of their own: y.where(y >= 0, -1 - torch.arange(n).repeat(V)).
+batch without any gives 0. The functions are the equations: they scale by no hidden factor and normalise nothing.
+SupConLoss does both, as the reference does. reduction="none" returns one value per row, 0 for a row that is left out.
+A negative label is a class like any other. To rows without a label, give classes of their own:
+y.where(y >= 0, -1 - torch.arange(n, device=y.device).repeat(V)).
 
 Scores are float32 or wider, without autocast and TF32; a half or bfloat16 z gets its gradient in its own type (in
 float16 that underflows for large N: use a gradient scaler). tau may be a tensor and then gets its gradient; labels and
@@ -29,8 +30,9 @@ class probabilities get none. A loss that is made of scores has no second deriva
 RuntimeError. Shapes and options that cannot be meant raise ValueError; values are not looked at, so nan and inf
 propagate.
 
-Tried on torch 2.4, 2.7, 2.11, 2.14 and 2.15. torch.compile makes one graph of a loss on the last three, several on
-2.7, and fails on 2.4. Beneath torch.func and torch.export all scores are one matrix, and TF32 is left as it is set.
+Tried on torch 2.4, 2.7, 2.11, 2.14 and 2.15. torch.compile makes one graph of a loss on the last three,
+several on 2.7 and for triplet's mining "all", and fails on 2.4. Beneath torch.func and torch.export all scores are one
+matrix, and TF32 is left as it is set.
 """
 import functools
 import math
@@ -50,7 +52,7 @@ MATRIX = 512  # up to MATRIX x MATRIX scores are held as a matrix; for more, see
 
 def supcon_out(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: str = "all",
                positives_cap: int | None = None, views: int = 2, reduction: str = "mean") -> Tensor:
-    """L_out, the paper's loss (A eq. 2): mean_i -1/|P(i)| sum_{p in P(i)} log( exp(s_ip/tau) / D_ip ).
+    """L_out, the paper's loss (Khosla eq. 2): mean_i -1/|P(i)| sum_{p in P(i)} log( exp(s_ip/tau) / D_ip ).
 
     z (N, D) features, taken as given; y (N,) labels, or (N, C > 1) class probabilities, which weigh a pair by
     their inner product; tau a positive number or tensor. D_ip is the sum of exp(s_ia/tau) over
@@ -58,14 +60,14 @@ def supcon_out(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: 
       "one_positive"  p and N(i)
       "negatives"     N(i); an anchor without negatives is left out
     positives_cap keeps the other views of the anchor's image and at most that many further positives (lowest batch
-    index first, evenly over the `views`); the dropped ones leave the denominator too (A sec. 11). Returns a scalar, or
-    (N,) values.
+    index first, evenly over the `views`); the dropped ones leave the denominator too (Khosla sec. 11). Returns a
+    scalar, or (N,) values.
     """
     return _reduce(*_supcon("out", z, y, tau, denominator, positives_cap, views), reduction)
 
 def supcon_in(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: str = "all",
               positives_cap: int | None = None, views: int = 2, reduction: str = "mean") -> Tensor:
-    """L_in (A eq. 3): mean_i -log( 1/|P(i)| sum_{p in P(i)} exp(s_ip/tau) / D_ip ). Arguments as supcon_out.
+    """L_in (Khosla eq. 3): mean_i -log( 1/|P(i)| sum_{p in P(i)} exp(s_ip/tau) / D_ip ). Arguments as supcon_out.
 
     It is never above L_out (Jensen), and equal where all positives of an anchor tie. Its gradient pulls mainly the
     nearest positives, and the paper measures it 11 points worse.
@@ -73,7 +75,7 @@ def supcon_in(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, denominator: s
     return _reduce(*_supcon("in", z, y, tau, denominator, positives_cap, views), reduction)
 
 def nt_xent(z: Tensor, tau: float | Tensor = 0.5, *, views: int = 2, reduction: str = "mean") -> Tensor:
-    """SimCLR's NT-Xent, L_self (A eq. 1): L_out where only the other views of an image are its positives."""
+    """SimCLR's NT-Xent, L_self (Khosla eq. 1): L_out where only the other views of an image are its positives."""
     return supcon_out(z, _image_index(z, views), tau, reduction=reduction)
 
 def _supcon(variant, z, y, tau, denominator, positives_cap, views):
@@ -94,7 +96,7 @@ def _from_scores(variant, s, w, denominator="all"):
     w_ij >= 0 weighs j as a positive of i: 1 for one label, 0 for another. What A(i) does not hold is ABSENT in s.
     """
     if denominator == "all":
-        log_P = s.log_softmax(1)  # log P_ij = s_ij/tau - log sum_{a in A(i)} exp(s_ia/tau): A eqs. 1 to 3
+        log_P = s.log_softmax(1)  # log P_ij = s_ij/tau - log sum_{a in A(i)} exp(s_ia/tau): Khosla eqs. 1 to 3
     else:
         n = (s > ABSENT) & ~w
         log_N = s.masked_fill(~n, ABSENT).logsumexp(1, keepdim=True)  # log sum_{a in N(i)} exp(s_ia/tau)
@@ -106,11 +108,11 @@ def _from_scores(variant, s, w, denominator="all"):
     valid = total != 0
     total = total.where(valid, 1)
     if variant == "out":
-        return (w * log_P).sum(1) / -total, valid  # A eq. 2, and A eq. 1 where |P(i)| = 1
+        return (w * log_P).sum(1) / -total, valid  # Khosla eq. 2, and Khosla eq. 1 where |P(i)| = 1
     p = w.bool()
     log_P = log_P if labels else log_P + w.where(p, 1).log()
-    log_X = log_P.where(p, ABSENT).log_softmax(1)  # X_ip of A eq. 5; log P_ip - log X_ip = log sum_P P_ip, for every p
-    return (w * (log_P - log_X)).sum(1) / -total + total.log(), valid  # A eq. 3
+    log_X = log_P.where(p, ABSENT).log_softmax(1)  # X_ip of Khosla eq. 5; log P_ip - log X_ip is the same for all p
+    return (w * (log_P - log_X)).sum(1) / -total + total.log(), valid  # Khosla eq. 3
 
 class SupConLoss(nn.Module):
     """Drop-in for the reference PyTorch code's SupConLoss: same arguments, same value on unit rows.
@@ -120,10 +122,11 @@ class SupConLoss(nn.Module):
     neither, which is NT-Xent. contrast_mode "one" takes view 0 alone as anchors. The value is multiplied by
     temperature/base_temperature, as the reference does; base_temperature=None turns that off. variant "in" is L_in.
 
-    It differs from the reference in three points. Anchors without a positive leave the mean; the reference divides by
-    them as well. Small temperatures do not underflow. Rows are L2-normalised here, so unit leaf rows get the tangential
-    part of the gradient alone, and a model that already normalises sees no difference; normalize=False turns that off.
-    (The gradient of F.normalize at a zero row is huge.)
+    It differs from the reference in these points. Anchors without a positive leave the mean; the reference divides by
+    them as well. Small temperatures do not underflow. Scores are float32 or wider, and there is no second derivative.
+    Rows are L2-normalised here, so the gradient in rows that are unit already is its tangential part. A model that
+    normalises sees no difference, and normalize=False turns that off. (The gradient of F.normalize at a zero row is
+    huge.)
     """
 
     def __init__(self, temperature: float | Tensor = 0.07, contrast_mode: str = "all",
@@ -156,8 +159,12 @@ class SupConLoss(nn.Module):
             y = y.repeat(V)
             contrast = () if M == len(z) else (z, y)
             loss, valid = _from_rows(self.variant, z[:M], y[:M], self.temperature, *contrast)
-        factor = 1 if self.base_temperature is None else self.temperature / self.base_temperature
-        return factor * _reduce(loss, valid, "mean")
+        loss = _reduce(loss, valid, "mean")
+        if self.base_temperature is None:
+            return loss
+        is_tensor = isinstance(self.temperature, Tensor)
+        temperature = self.temperature.to(loss.dtype) if is_tensor else self.temperature
+        return temperature / self.base_temperature * loss
 
 def supcon_against(z: Tensor, y: Tensor, contrast: Tensor, y_contrast: Tensor, tau: float | Tensor = 0.1, *,
                    own: int | None = None, variant: str = "out", denominator: str = "all",
@@ -171,8 +178,8 @@ def supcon_against(z: Tensor, y: Tensor, contrast: Tensor, y_contrast: Tensor, t
     _check(z, y, soft=True)
     _check_contrast(z, y, contrast, y_contrast)
     last = len(contrast) - len(z)
-    fits = own is None or isinstance(own, int) and 0 <= own <= last
-    _require(fits, "own must be a whole number in 0 ... {}, got {}", last, own)
+    fits = own is None or type(own) is int and 0 <= own <= last
+    _require(fits, "own must be an int in 0 ... {}, got {!r}", last, own)
     return _reduce(*_from_rows(variant, z, y, tau, contrast, y_contrast, own, denominator), reduction)
 
 def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0, denominator="all"):
@@ -181,8 +188,11 @@ def _from_rows(variant, a, y_a, tau, b=None, y_b=None, own=0, denominator="all")
     _check_word("denominator", denominator, DENOMINATORS)
     _require(denominator == "all" or y_a.ndim == 1, "class probabilities y (N, C) go with denominator='all' alone")
     a = _divide_by_root_tau(a, tau)
-    b = None if b is None else _divide_by_root_tau(b, tau).to(a.dtype)
-    y_b = y_a if b is None else y_b
+    if b is None:
+        y_b = y_a
+    else:
+        b = b.clone() if isinstance(tau, Tensor) else b  # as below: the gradient in tau needs b
+        b = _divide_by_root_tau(b, tau).to(a.dtype)
     if y_a.ndim == 2:  # copied: a memory may move on before the backward
         y_a, y_b = (y.detach().to(a.dtype, copy=True) for y in (y_a, y_b))
     if denominator == "all" and len(y_a) * len(y_b) > MATRIX**2 and not _is_traced():
@@ -253,28 +263,28 @@ def max_margin(z: Tensor, y: Tensor, margin: float = 1.0, *, reduction: str = "m
 # ---------------------------------------------------------------- Wang & Liu: what the temperature does
 
 def hard_contrastive(z: Tensor, tau: float | Tensor, k: int, *, views: int = 2, reduction: str = "mean") -> Tensor:
-    """L_hard (B eq. 9): NT-Xent in which each anchor keeps only the k negatives nearest to it."""
+    """L_hard (Wang eq. 9): NT-Xent in which each anchor keeps only the k negatives nearest to it."""
     p, n = _positives_negatives(z, _image_index(z, views))
     s = _scores(z, tau)
-    s = s.masked_fill(~(p | _nearest_negatives(s, n, k)), ABSENT)  # B eq. 9
+    s = s.masked_fill(~(p | _nearest_negatives(s, n, k)), ABSENT)  # Wang eq. 9
     return _reduce(*_from_scores("out", s, p), reduction)
 
 def simple_contrastive(z: Tensor, lam: float, *, views: int = 2, k: int | None = None,
                        reduction: str = "mean") -> Tensor:
-    """L_simple (B eq. 3): -mean_{p in P(i)} s_ip + lam sum_{j in N(i)} s_ij; k keeps the k nearest negatives."""
+    """L_simple (Wang eq. 3): -mean_{p in P(i)} s_ip + lam sum_{j in N(i)} s_ij; k keeps the k nearest negatives."""
     p, n = _positives_negatives(z, _image_index(z, views))
     s = _scores(z)
     n = n if k is None else _nearest_negatives(s, n, k)
-    loss = lam * (n * s).sum(1) - (p * s).sum(1) / p.sum(1).clamp(min=1)  # B eq. 3
+    loss = lam * (n * s).sum(1) - (p * s).sum(1) / p.sum(1).clamp(min=1)  # Wang eq. 3
     valid = p.any(1)
     return _reduce(loss.where(valid, 0), valid, reduction)
 
 def uniformity(z: Tensor, t: float = 2) -> Tensor:
-    """Wang & Isola 2020 (B eq. 10): log of the mean over pairs i != j of exp(-t ||z_i - z_j||^2)."""
+    """Wang & Isola 2020 (Wang eq. 10): log of the mean over pairs i != j of exp(-t ||z_i - z_j||^2)."""
     _check(z)
     _require(len(z) > 1, "uniformity needs a pair of rows, got {}", len(z))
     u = _fill(-t * _squared_distances(z), 0, -torch.inf)
-    return u.flatten().logsumexp(0) - math.log(len(z) * (len(z) - 1))  # B eq. 10
+    return u.flatten().logsumexp(0) - math.log(len(z) * (len(z) - 1))  # Wang eq. 10
 
 def alignment(z: Tensor, *, views: int = 2) -> Tensor:
     """Wang & Isola 2020: the mean over images and pairs of their views of ||z_i - z_p||^2."""
@@ -286,15 +296,15 @@ def alignment(z: Tensor, *, views: int = 2) -> Tensor:
     return d.sum() / max(d.numel(), 1)
 
 def tolerance(z: Tensor, y: Tensor) -> Tensor:
-    """B eq. 11 over the pairs of one label: the mean of s_ij over all i != j with y_i = y_j; 0 if there is none."""
+    """Wang eq. 11 over the pairs of one label: the mean of s_ij over all i != j with y_i = y_j; 0 if there is none."""
     p, _ = _positives_negatives(z, y)
-    return (p * _scores(z)).sum() / p.sum().clamp(min=1)  # B eq. 11
+    return (p * _scores(z)).sum() / p.sum().clamp(min=1)  # Wang eq. 11
 
 # ---------------------------------------------------------------- across ranks
 
 def supcon_sharded(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, queue: tuple[Tensor, Tensor] | None = None,
                    variant: str = "out", denominator: str = "all") -> Tensor:
-    """L_out or L_in of the rows of all ranks. Each rank gives its own (n_r, D) rows and labels, and scores only these
+    """L_out or L_in of the rows of all ranks. Each rank gives its own (N_r, D) rows and labels, and scores only these
     against everybody's: the value is the global one on every rank, and after DistributedDataParallel's averaging so
     is the gradient, for unequal and empty shards too.
 
@@ -312,7 +322,7 @@ def supcon_sharded(z: Tensor, y: Tensor, tau: float | Tensor = 0.1, *, queue: tu
     return global_mean(*_from_rows(variant, z, y, tau, contrast, y_contrast, own, denominator))
 
 def global_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """The mean over all ranks of the values (n_r,) that are valid, on every rank; 0 if none is.
+    """The mean over all ranks of the values (N_r,) that are valid, on every rank; 0 if none is.
 
     Exact under DistributedDataParallel's averaging where shards are unequal and a mean of local means is not: what
     is added to a loss, a cross-entropy head for one, needs it as well.
@@ -323,7 +333,7 @@ def global_mean(values: Tensor, valid: Tensor) -> Tensor:
     return _sum_over_ranks(total) / _sum_over_ranks(valid.sum()).clamp(min=1)
 
 def all_gather_rows(z: Tensor) -> Tensor:
-    """The rows (n_r, ...) of every rank r, features or labels, in the order of the ranks, with gradients.
+    """The rows (N_r, ...) of every rank r, features or labels, in the order of the ranks, with gradients.
 
     A loss of all gathered rows, computed alike on every rank, has the global value and, after DistributedDataParallel's
     averaging, the global gradient: the backward sums W equal gradients, DDP divides. Shards may be unequal or empty.
@@ -335,11 +345,16 @@ def _gather(*tensors):
     if _world_size() == 1:
         return *tensors, 0
     rank = dist.get_rank()
-    first = tensors[0]
-    rows = _sum_over_ranks((torch.arange(_world_size(), device=first.device) == rank) * len(first)).tolist()
-    around = sum(rows[:rank]), sum(rows[rank + 1 :])
-    tensors = (x if x.is_floating_point() else x.long() for x in tensors)  # what every backend can add up
-    return *(_sum_over_ranks(F.pad(x, (0, 0) * (x.ndim - 1) + around)) for x in tensors), around[0]
+    is_mine = torch.arange(_world_size(), device=tensors[0].device) == rank
+    rows = _sum_over_ranks(is_mine * len(tensors[0])).tolist()  # of every rank
+    before = sum(rows[:rank])
+    after = sum(rows[rank + 1 :])
+    return *(_amid_others(x, before, after) for x in tensors), before
+
+def _amid_others(x, before, after):
+    """The rows of all ranks, from this rank's x and how many rows come before and after them."""
+    numbers = x if x.is_floating_point() else x.long()  # what every backend can add up
+    return _sum_over_ranks(F.pad(numbers, (0, 0) * (x.ndim - 1) + (before, after))).to(x.dtype)
 
 def _world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -565,7 +580,7 @@ class _Scores(torch.autograd.Function):
 STRIP = 512, 512  # anchors, and columns of the contrast set: on a CPU the powers of a strip stay in a core's cache
 STRIP_ON_GPU = 2048, 8192
 WHOLE = 2**21  # at most so many scores are in a block of whole rows
-KEPT = 2**24  # at most so many powers are kept for the backward; where there are more, it computes the strips again
+KEPT = 2**24  # about so many powers are kept for the backward; where there are more, it computes the strips again
 NEAR = 80  # of a sum in 2^-80 ... 2^80, float32 loses only powers below 2^-126, and these are below 2^-46 of the sum
 
 def _from_strips(variant, a, b, y_a, y_b, own):
@@ -576,9 +591,7 @@ def _from_strips(variant, a, b, y_a, y_b, own):
     rows = contrast if variant == "out" else contrast[:, :0]  # L_in needs only the weights: no columns to add up
     if y_a.ndim == 1:
         y_a, y_b = _number_classes(torch.cat([y_a, y_b])).split([len(y_a), len(y_b)])
-        sums, weight = _sums_by_label(rows, y_a, y_b, own)
-    else:
-        sums, weight = _sums_by_probability(rows, y_a, y_b, own)
+    sums, weight = _sums_over_positives(rows, y_a, y_b, own)
     valid = weight != 0
     weight = weight.where(valid, 1)
     if variant == "out":
@@ -587,7 +600,9 @@ def _from_strips(variant, a, b, y_a, y_b, own):
     else:
         log_sum = _LogSumExp.apply(a, b, y_a, y_b, valid, own)
         of_positives = log_sum[1] - weight.log2()
-    return math.log(2) * (log_sum[0] - of_positives).where(valid, 0), valid
+    loss = math.log(2) * (log_sum[0] - of_positives).where(valid, 0)
+    not_finite = 0 * (a.detach().sum(1) + contrast.detach().sum())  # nan, where else some would not show; or 0
+    return loss + not_finite, valid
 
 def _number_classes(y):
     """Labels (N,) as numbers 0, 1, ... below N; each nan is a class of its own."""
@@ -595,40 +610,32 @@ def _number_classes(y):
     numbers = F.pad((y[1:] != y[:-1]).cumsum(0), (1, 0))
     return torch.empty_like(order).scatter(0, order, numbers).int()
 
-def _sums_by_label(rows, y_a, y_b, own):
-    """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums of the classes, less the pair (i, own + i)."""
-    sums = _class_sums(rows, y_a, y_b)
-    weight = _class_sums(rows.new_ones(len(rows), 1), y_a, y_b).squeeze(1)
-    if own is not None:
-        mine = slice(own, own + len(y_a))
-        itself = (y_a == y_b[mine]).to(rows.dtype)
-        sums = sums - itself[:, None] * rows[mine]
-        weight = weight - itself
-    return sums, weight
+def _sums_over_positives(rows, y_a, y_b, own):
+    """sum_j w_ij rows_j (M, D) and sum_j w_ij (M,) over P(i): the sums over all rows, less the pair (i, own + i).
 
-def _sums_by_probability(rows, y_a, y_b, own):
-    """As _sums_by_label. All is in the wide type, because a small overlap is a difference of large numbers."""
+    All is in the wide type, because what is left may be a small difference of large numbers."""
     dtype = rows.dtype
-    wide = _wide(rows)
-    rows, y_a, y_b = rows.to(wide), y_a.to(wide), y_b.to(wide)
-    sums = _Scores.apply(y_a, _Scores.apply(rows.T, y_b.T, None), None)
-    weight = _product(y_a, y_b.sum(0)[:, None]).squeeze(1)
+    rows = rows.to(_wide(rows))
+    if y_a.ndim == 2:
+        y_a, y_b = y_a.to(rows.dtype), y_b.to(rows.dtype)
+    sums = _sums(rows, y_a, y_b)
+    weight = _sums(rows.new_ones(len(rows), 1), y_a, y_b).squeeze(1)
     if own is not None:
         mine = slice(own, own + len(y_a))
-        itself = (y_a * y_b[mine]).sum(1)
+        itself = (y_a == y_b[mine] if y_a.ndim == 1 else (y_a * y_b[mine]).sum(1)).to(rows.dtype)
         weight = weight - itself
-        alone = weight <= (1e-6 if wide == torch.float32 else 1e-12) * itself  # what is left is rounding
+        alone = weight <= (1e-6 if rows.dtype == torch.float32 else 1e-12) * itself  # what is left is rounding
         weight = weight.masked_fill(alone, 0)
         sums = (sums - itself[:, None] * rows[mine]).masked_fill(alone[:, None], 0)
     return sums.to(dtype), weight.to(dtype)
 
-def _class_sums(rows, y_a, y_b):
-    """For each anchor the sum of the rows with its label, (M, D)."""
+def _sums(rows, y_a, y_b):
+    """sum_j w_ij rows_j, (M, D): of equal labels, or of the inner products of class probabilities."""
+    if y_a.ndim == 2:
+        return _Scores.apply(y_a, _Scores.apply(rows.T, y_b.T, None), None)
     known = not torch.compiler.is_compiling() and rows.device.type == "cpu"
-    wide = _wide(rows)
     count = 1 + int(torch.maximum(y_a.max(), y_b.max())) if known else len(y_a) + len(y_b)  # reading it stalls a GPU
-    of_classes = rows.new_zeros(count, rows.shape[1], dtype=wide).index_add(0, y_b, rows.to(wide))
-    return of_classes.index_select(0, y_a).to(rows.dtype)
+    return rows.new_zeros(count, rows.shape[1]).index_add(0, y_b, rows).index_select(0, y_a)
 
 def _wide(rows):
     """The type in which thousands of rows are added up."""

@@ -307,8 +307,8 @@ class Run:
 def is_diagnosed(run, world):
     """Whether this step ends an epoch to be diagnosed. With W ranks these are every W-th epoch and the last one.
 
-    The other ranks wait for rank 0, which encodes only a W-th of an epoch's images. No clock decides, so all ranks
-    agree, and a run that goes on to the same last epoch has the log of one that never stopped.
+    The other ranks wait for rank 0 while it diagnoses, and its share of an epoch's training is a W-th. No clock
+    decides, so all ranks agree, and a run that goes on to the same last epoch has the log of one that never stopped.
     """
     return run.ends_epoch and (run.step // run.steps_per_epoch % world == 0 or run.step == run.total_steps)
 
@@ -316,9 +316,9 @@ def is_diagnosed(run, world):
 def diagnose(run, z, data, test):
     """What a representation is worth at a glance: the entries of a dict, in under 2 % of an epoch's time on one rank.
 
-    It holds the k-NN top-1 on a part of the test set, and alignment and uniformity of the last batch, whose z (V n, D)
-    is that of all ranks. Encoding without a gradient costs a third of a training step, so a twentieth of the views of
-    an epoch costs 1.7 %.
+    It holds the k-NN top-1 on a part of the test set, and alignment and uniformity of the first 512 images of the last
+    batch, whose z (V n, D) is that of all ranks. Encoding without a gradient costs a third of a training step, so a
+    twentieth of the views of an epoch costs 1.7 %.
     """
     start = time.perf_counter()
     found = {}
@@ -375,7 +375,7 @@ def main(context, resume, **options):
 
 
 def read_on_first(context, resume, options, ranks):
-    """(Config, contents of the checkpoint to go on from, or None) as rank 0 reads them, each with its own device."""
+    """(Config, contents of the checkpoint to go on from, or None), as rank 0 reads them. Sets this rank's device."""
     found = None
     with ranks.refusing_together():
         if ranks.rank == 0:

@@ -45,6 +45,7 @@ def anchor_grad(i, z, y, tau, variant):
 
     dL_i/dz_i = 1/tau { sum_{p in P(i)} z_p (P_ip - X_ip) + sum_{n in N(i)} z_n P_in }
     X_ip = 1/|P(i)| (out) or exp(s_ip/tau) / sum_{p' in P(i)} exp(s_ip'/tau) (in)"""
+    _require(variant in ("out", "in"), f"unknown variant {variant!r}")
     z = _rows(z, y)
     P, N = _positives(i, y), _negatives(i, y)
     x = z @ z[i] / tau
@@ -206,6 +207,7 @@ def _simple_contrastive(z, lam, images, k):
 
 def _against(variant, z, y, contrast, y_contrast, tau, own, denominator="all"):
     contrast = _rows(contrast, y_contrast, (1, 2))
+    _require(variant in ("out", "in"), f"unknown variant {variant!r}")
     _require(tau > 0, f"tau must be positive, got {tau}")
     _require(denominator in ("all", "one_positive", "negatives"), f"unknown denominator {denominator!r}")
     _require(np.ndim(y) == 1 or denominator == "all", f"class probabilities with {denominator}")

@@ -7,8 +7,8 @@
 
 It reports the error for each corruption and severity, and accuracy and calibration error for each severity. All fifteen
 corruptions of ImageNet-C give the mCE and the relative mCE, which AlexNet's errors normalise. CIFAR-10-C's convention
-is the plain mean. Fewer corruptions give the mean error over as many, and never an mCE. The numbers are written beside
-the classifier, into robustness.json, or robustness-FOLDER.json for a published set.
+is the plain mean. Fewer corruptions give the mean error over those, and never an mCE. The numbers are written beside
+the classifier, into robustness.json. Another set, a limit or a seed is part of the name.
 """
 
 import json
@@ -253,10 +253,10 @@ def prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_
     require(os.access(report.parent, os.W_OK),
             f"{report.parent} cannot be written: copy the classifier to a folder that can")
     all_labels = corrupted and (corrupted / "labels.npy").exists()  # CIFAR-10-C's are compared with the test set's
-    source = {"download": download, "table": None if elsewhere else ours.frozen.config.get("labels")}
-    test = load_data(ours.dataset, data, train=False, size=ours.size, limit=None if all_labels else limit, **source)
+    options = {"download": download, "table": None if elsewhere else ours.frozen.config.get("labels")}
+    test = load_data(ours.dataset, data, train=False, size=ours.size, limit=None if all_labels else limit, **options)
     test = with_classes_of(ours, test, data)
-    source = published(corrupted, ours, limit, workers, test) if corrupted else None
+    corruptions = published(corrupted, ours, limit, workers, test) if corrupted else None
     test = test._replace(images=test.images[:limit], labels=test.labels[:limit])
     about = {
         "classifiers": [fingerprint(c) for c in classifiers],
@@ -267,7 +267,7 @@ def prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_
         "torch": torch.__version__,
         "corrupted": corrupted and [[str(p.resolve()), p.stat().st_mtime] for p in sorted(corrupted.iterdir())],
     }
-    return Job(paths, classifiers, source or Made(test, seed, as_files), test, report, named, about)
+    return Job(paths, classifiers, corruptions or Made(test, seed, as_files), test, report, named, about)
 
 
 def measure_clean(job):
@@ -344,7 +344,8 @@ def report(result):
 @click.option("--baseline", type=click.Path(path_type=Path), help="Another classifier.pt, to compare with.")
 @click.option("--data", show_default="the classifier's", help="Folder of the clean test set.")
 @click.option("--download/--no-download", default=True, help="Fetch what is missing.")
-@click.option("--limit", type=click.IntRange(min=1), show_default="all", help="The first N images of every set.")
+@click.option("--limit", type=click.IntRange(min=1), show_default="all",
+              help="N images of every set: the first ones, or of a folder some that a fixed seed chooses.")
 @click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read ImageNet-C.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the corruptions made here.")
 @click.option("--as-files/--not-as-files", default=True,
@@ -354,7 +355,7 @@ def report(result):
 def main(path, corrupted, baseline, data, download, limit, workers, seed, as_files, figure, device):
     """Test CLASSIFIER (a classifier.pt of linear_probe.py) on corrupted images."""
     if not is_first():
-        return  # of the ranks of a torchrun one works
+        return  # of the ranks that torchrun starts only the first one works
     if figure:
         pyplot()  # said now, not after minutes
     job = prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_files, choose_device(device))

@@ -58,7 +58,8 @@ SAVING = ("SIGUSR1", "SIGUSR2")  # by which schedulers warn a job that its time 
 def signals_noted(asked, names):
     """Notes the signals of these names in `asked`, an Asked, so that a run ends, or saves, at the end of a step.
 
-    A second signal changes nothing. A signal that is ignored already, as under nohup, stays ignored.
+    After the first signal that ends the run, others change nothing, not even when the block is left. A signal that is
+    ignored already, as under nohup, stays ignored.
     """
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]

@@ -294,7 +294,7 @@ def several_gpus():
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
 
 
-BOUND = {  # what of a preset goes with an option that the user overrides
+DROPPED_WITH = {  # what of a preset is dropped when the user overrides an option
     "loss": {"tau", "loss_scale", "projection", "queue", "momentum_encoder", "label_smoothing"},
     "dataset": {"stream"},
     "arch": {"stem"},
@@ -307,10 +307,10 @@ BOUND = {  # what of a preset goes with an option that the user overrides
 
 
 def options_of_preset(options, given):
-    """What the preset options["recipe"] sets, without what is given and what is bound to a changed option."""
+    """What the preset options["recipe"] sets, without what is given and what is dropped with a changed option."""
     preset = PRESETS[options["recipe"]].pretrain
     changed = {name for name in given if options[name] != preset.get(name)}
-    dropped = given | set().union(*(BOUND[name] for name in changed if name in BOUND))
+    dropped = given | set().union(*(DROPPED_WITH[name] for name in changed if name in DROPPED_WITH))
     return {name: value for name, value in preset.items() if name not in dropped}
 
 
@@ -324,7 +324,7 @@ def refuse_two_rates(given):
 
 MAY_CHANGE = {"epochs", "data", "labels", "download", "device", "log_every", "tensorboard", "save_minutes",
         "keep_every", "micro_batch", "compile", "workers"}  # on --resume
-MOVING = {"size", "stem", "warmup"}  # whose defaults depend on the data, or on --epochs, which may change
+DEFAULTS_MAY_CHANGE = {"size", "stem", "warmup"}  # they depend on the data, or on --epochs
 
 
 def read_resumed(context, run, options, given):
@@ -345,7 +345,7 @@ def read_same(context, run, options, given):
     fill_in_defaults(config)
     fill_in_defaults(asked)
     kept = [field.name for field in OPTIONS if field.name not in MAY_CHANGE | {"run"}]
-    known = [name for name in kept if name not in MOVING or options[name] is not None]
+    known = [name for name in kept if name not in DEFAULTS_MAY_CHANGE or options[name] is not None]
     unlike = {name for name in known if getattr(asked, name) != getattr(config, name)}
     require(not unlike, f"--run-dir {run} holds a run with another {flags(context, unlike)}: "
             "give that run's options, or name another --run-dir")

@@ -1,4 +1,4 @@
-"""Every picture that the scripts draw. This file alone needs matplotlib.
+"""Pictures of runs, probes and corruptions. This file alone imports matplotlib.
 
     python -m common.figures runs/*          learning curves of run folders, as curves.png in the first one
 """

@@ -177,15 +177,16 @@ def walk(place, visited):
     """Yields (folder, names of its files) of a folder and of those below it that are not in `visited`, a set."""
     for folder, below, names in os.walk(place, followlinks=True, onerror=stop):
         yield folder, names
-        below[:] = [name for name in sorted(filter(is_meant, below)) if is_new(os.path.join(folder, name), visited)]
+        meant = sorted(filter(is_meant, below))
+        below[:] = [name for name in meant if mark_visited(os.path.join(folder, name), visited)]
 
 
 def stop(error):
     raise error
 
 
-def is_new(folder, visited):
-    """Whether a folder was not in `visited`, where it is from now on."""
+def mark_visited(folder, visited):
+    """Adds the folder to `visited`. Returns whether it is new there."""
     before = len(visited)
     visited.add(identity(folder))
     return len(visited) > before

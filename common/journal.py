@@ -85,7 +85,8 @@ class Losses:
 class Journal:
     """Notes steps and epochs of a `run` and saves its checkpoints. Its methods raise Refused where the run must end.
 
-    run: an object with config, device, step, steps_per_epoch, total_steps, ends_epoch, and checkpoint(losses, seconds).
+    run: an object with config, device, step, steps_per_epoch, total_steps, ends_epoch, scaler, and
+    checkpoint(losses, seconds).
     resumed: the contents of the checkpoint that the run goes on from, or None. collapse, floor: see collapse_and_floor.
     """
 

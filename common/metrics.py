@@ -29,8 +29,11 @@ def worst_confusions(scores, labels, classes, count=5):
 
 
 def reliability(scores, labels, bins=15):
-    """(expected calibration error, table): confidences in `bins` equal bins (a, b], each row [images, mean confidence,
-    accuracy]; the error is the mean over the images of their bin's |accuracy - confidence| (Guo et al. 2017)."""
+    """(expected calibration error, table), as fractions (Guo et al. 2017).
+
+    The table has a row [images, mean confidence, accuracy] for each of `bins` equal bins (a, b] of the confidence. The
+    error is the mean over the images of their bin's |accuracy - confidence|.
+    """
     scores, labels = scores.cpu().double(), labels.cpu()  # not every device has doubles
     confidence, predicted = scores.softmax(1).max(1)
     right = (predicted == labels).double()

@@ -176,8 +176,11 @@ def bfloat16_is_fast(device):
 
 @contextlib.contextmanager
 def still_statistics(model):
-    """Keeps batch norm's running statistics: gradient caching encodes a batch twice, and one pass alone may move them.
-    The momentum encoder never reads its own."""
+    """In this block batch norm leaves its running statistics alone.
+
+    Gradient caching encodes a batch twice, and only the second pass may change them. The momentum encoder never reads
+    its own.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.training and norm.track_running_stats]
     for norm in norms:

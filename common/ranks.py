@@ -50,7 +50,7 @@ def form_group():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     end = time.monotonic() + MEETING_TIME
-    met = 0  # times that all ranks came, and got no group: all of them count these alike
+    met = 0  # meetings that failed after all ranks had come: every rank counts the same
     while True:
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=time_left(end)))
@@ -135,7 +135,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def hold_refusals(self):
-        """Keeps what the block refuses for the next meeting. Nothing else may be refused before it."""
+        """Keeps what the block refuses for the next meeting. Until then only such blocks may refuse something."""
         try:
             yield
         except Refused as e:

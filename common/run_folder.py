@@ -164,7 +164,7 @@ class RunFolder:
     def _claim(self):
         """Keeps other processes out: by a lock, or, where the file system has none, by the name in the lock's file."""
         me = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        self._lock_by_name = not self._has_lock()
+        self._lock_by_name = not self._take_lock()
         if self._lock_by_name:
             holder = holder_of(self.path / "lock")
             if holder and holder != me:
@@ -183,8 +183,9 @@ class RunFolder:
         self.lock.write(words)
         self.lock.flush()
 
-    def _has_lock(self):
-        """Whether this process holds a lock. It goes with the process, however that ends; workers do not inherit it."""
+    def _take_lock(self):
+        """Returns whether this process got the lock. It goes with the process, however that ends; workers do not
+        inherit it."""
         try:
             if fcntl:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

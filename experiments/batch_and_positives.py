@@ -2,9 +2,9 @@
 
     python experiments/batch_and_positives.py --scale cpu
 
-All of SupCon, one setting changed at a time. The learning rate grows with the batch. A cap of 0 leaves an anchor the
-other view of its own image. A batch in parts has the gradients of the whole one, but for batch norm, which sees a part
-at a time.
+Every cell is SupCon, one setting changed at a time. The learning rate grows with the batch. A cap of 0 leaves an anchor
+the other view of its own image. A batch in parts has the gradients of the whole one, but for batch norm, which sees a
+part at a time.
 """
 
 from cells import COLOURS, Cell, Experiment, compared, main_of, spread, top1, training_words, values

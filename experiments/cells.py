@@ -281,7 +281,8 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # standard errors of a 95 %
 
 
 def standard_errors(freedom):
-    """Half the width of a 95 % interval, for degrees of freedom between those of STUDENT, and for more."""
+    """Half the width of a 95 % interval in standard errors, Student's t, interpolated; above 4 degrees of freedom as
+    for 4."""
     freedom = min(max(freedom, 1.0), 4.0)
     k = min(int(freedom), 3)
     share = (1 / k - 1 / freedom) / (1 / k - 1 / (k + 1))

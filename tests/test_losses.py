@@ -563,6 +563,8 @@ BAD = {
     "n_pair: reduction": (lambda: losses.n_pair(Z, Z, reduction="sum"), r"sum"),
     "hard_contrastive: no negatives": (lambda: losses.hard_contrastive(Z, 0.1, 0), r"\b0\b"),
     "simple_contrastive: no negatives": (lambda: losses.simple_contrastive(Z, 0.1, k=0), r"\b0\b"),
+    "supcon_against: own": (lambda: losses.supcon_against(Z, Y, Z, Y, own=1), r"0 \.\.\. 0, got 1"),
+    "supcon_against: own is a truth value": (lambda: losses.supcon_against(Z, Y, Z, Y, own=False), r"got False"),
     "SupConLoss: temperature": (lambda: losses.SupConLoss(-0.5), r"-0\.5"),
     "SupConLoss: base_temperature": (lambda: losses.SupConLoss(base_temperature=0), r"\b0\b"),
     "SupConLoss: contrast_mode": (lambda: losses.SupConLoss(contrast_mode="some"), r"some"),
@@ -578,6 +580,13 @@ BAD = {
 def test_bad_arguments_raise_and_are_named(call, offender):
     with pytest.raises(ValueError, match=offender):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_temperature_of_another_type_scales_the_module_by_its_value(dtype):
+    temperature = torch.tensor(0.1, dtype=dtype)
+    loss = losses.SupConLoss(temperature)(X, Y)
+    assert loss.dtype == X.dtype and loss.item() == pytest.approx(losses.SupConLoss(temperature.item())(X, Y).item())
 
 
 def test_gathering_without_a_process_group_gives_the_rows_back():

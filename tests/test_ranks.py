@@ -102,6 +102,9 @@ def compare(seed):
     whole, model = Heads(), Heads()
     model.load_state_dict(whole.state_dict())
     parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    for labels in (y.bool(), y.to(torch.int16), x.half()):
+        gathered = losses.all_gather_rows(labels[first:end])
+        assert gathered.dtype == labels.dtype and torch.equal(gathered, labels)
     expected = whole_losses(*whole(x), y, image, queue)
     for name, value in expected.items():
         whole.zero_grad()

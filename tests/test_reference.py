@@ -463,6 +463,8 @@ Z, Y = np.eye(4), [0, 0, 1, 1]
         (lambda: ref.hard_contrastive(Z, 0.5, 0), "k must be at least 1, got 0"),
         (lambda: ref.simple_contrastive(Z, 0.5, k=0), "k must be at least 1, got 0"),
         (lambda: ref.simple_contrastive(Z, 0.5, views=3), "4 rows in 3 views"),
+        (lambda: ref.supcon_against(Z, Y, Z, Y, variant="mean"), "unknown variant 'mean'"),
+        (lambda: ref.anchor_grad(0, Z, Y, 0.1, "mean"), "unknown variant 'mean'"),
         (lambda: ref.n_pair(Z, Z[:2]), r"\(2, 4\)"),
         (lambda: ref.uniformity(Z[:1]), r"\(1, 4\)"),
     ],

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -211,6 +212,38 @@ def test_a_row_of_nan_is_not_hidden_by_strips(case, data):
     z[:] = np.nan
     with strips_of(3):
         assert actual(case, b._replace(z=z), leaves(case, b._replace(z=z))).isnan()
+
+
+@forms
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("label", [1, 77])
+def test_no_number_that_is_not_finite_is_hidden(form, variant, number, label):
+    """Neither in an anchor with or without a positive, nor in a contrast that is the positive of some or of none."""
+    g = torch.Generator().manual_seed(0)
+    z, y = F.normalize(torch.rand(12, 4, generator=g)), torch.arange(12) % 3
+    bad, labels = z.clone(), y.clone()
+    bad[5, 0], labels[5] = number, label
+    against = losses.supcon_out if variant == "out" else losses.supcon_in
+    with strips_of(*form):
+        assert not against(bad, labels).isfinite()
+        assert not losses.supcon_against(bad, labels, z, y, variant=variant).isfinite()
+        assert not losses.supcon_against(z, y, bad, labels, variant=variant).isfinite()
+
+
+@forms
+def test_a_row_much_longer_than_its_positives_keeps_its_digits(form):
+    z, y = rows_of(20, 2, 8).float(), torch.arange(40) % 20
+    z[3] *= 1e6
+    found = []
+    for rows in (z, z.double()):
+        rows = rows.clone().requires_grad_()
+        with strips_of(*form):
+            loss = losses.supcon_out(rows, y, 0.1, reduction="none")[3]
+            found.append((loss.detach().double(), torch.autograd.grad(loss, rows)[0][3].double()))
+    (loss, grad), (exact, exact_grad) = found
+    assert (loss - exact).abs() < 1e-5 * exact.abs()
+    assert (grad - exact_grad).norm() < 1e-5 * exact_grad.norm()
 
 
 # ---------------------------------------------------------------- what is left without the strips
@@ -523,20 +556,21 @@ def test_a_probability_that_is_not_a_number_is_not_hidden(loss, form):
 
 
 @forms
-def test_a_memory_may_move_on_before_the_backward(form):
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_memory_may_move_on_before_the_backward(form, learns):
     z, y = rows_of(8, 2, 4), torch.arange(16) % 3
+    tau = torch.tensor(0.1, requires_grad=True) if learns else 0.1
     grads = []
     for moves in (False, True):
         anchors, memory, labels = z.clone().requires_grad_(), z.clone(), y.clone()
         with strips_of(*form):
-            loss = losses.supcon_against(anchors, y, memory, labels) + losses.supcon_sharded(
-                anchors, y, queue=(memory, labels)
-            )
+            loss = losses.supcon_against(anchors, y, memory, labels, tau)
+            loss = loss + losses.supcon_sharded(anchors, y, tau, queue=(memory, labels))
             if moves:
                 memory[:4] = 0
                 labels[:4] = 5
-            grads.append(torch.autograd.grad(loss, anchors)[0])
-    assert torch.equal(*grads)
+            grads.append(torch.autograd.grad(loss, [anchors, tau] if learns else [anchors]))
+    assert all(map(torch.equal, *grads))
 
 
 def test_probabilities_that_barely_overlap_give_a_finite_gradient():
