@@ -392,3 +392,20 @@ def test_of_the_ranks_of_a_probe_one_works(trained, tmp_path):
     assert json.loads((tmp_path / "run" / "probe-first100.json").read_text())["step"] == 16
     tested = start("robustness", tmp_path / "run" / "classifier-first100.pt", "--limit", "5", ranks=2).wait()
     assert tested.status == 0 and tested.out.count("severity") == 1
+
+
+def test_runs_that_are_being_written_are_shown(tmp_path):
+    """The last line of their log may be half a line."""
+    options = {"dataset": "shapes", "data": "data", "loss": "supcon", "augment": "crop", "batch": 8, "views": 2,
+               "epochs": 2, "seed": 0}
+    for name, tau in (("a", 0.1), ("b", 0.2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"options": options | {"tau": tau}}))
+        (tmp_path / name / "probe.json").write_text(json.dumps({"top1": 70.5}))
+        lines = [{"step": 5 * k, "epoch": k, "mean_loss": float(k), "knn_top1": 40.0 + k} for k in (1, 2)]
+        text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 15, "mean_loss": 9'
+        (tmp_path / name / "log.jsonl").write_text(text)
+    words = [str(tmp_path / "a"), str(tmp_path / "b"), "--csv"]
+    shown = CliRunner().invoke(results_table.main, words, catch_exceptions=False).output.splitlines()
+    assert shown[0] == "run,tau,epoch,last loss,k-NN %,probe top-1 %"
+    assert shown[1:] == ["a,0.1,2 of 2,2,42,70.5", "b,0.2,2 of 2,2,42,70.5"]

@@ -169,3 +169,9 @@ def test_images_above_64_pixels_are_corrupted_as_imagenets(size, table, monkeypa
         monkeypatch.setitem(common.corruptions.OF_FLOATS, "contrast", lambda x, c, g: seen.append(c) or x)
         common.corruptions.corrupt(torch.zeros(1, 3, size, size, dtype=torch.uint8), "contrast", severity, None)
         assert seen == [getattr(common.corruptions, table)["contrast"][severity - 1]]
+
+
+def test_the_smoothing_of_the_elastic_transform_reaches_three_deviations():
+    offset = torch.arange(32.0) - 16
+    weights = (-0.5 * (offset / 2) ** 2).exp() * (offset.abs() <= 6)
+    torch.testing.assert_close(common.corruptions.gaussian_rows(32, 2.0)[16], weights / weights.sum())

@@ -169,3 +169,24 @@ def test_the_sample_of_a_streamed_subset_is_of_its_own_images(size, tmp_path, mo
     assert len(chosen.files) == 6
     expected = [common.images.resize_and_crop(common.images.read_image(path), size or 32) for path in chosen.files[:3]]
     assert torch.equal(chosen.images, torch.stack(expected))
+
+
+@pytest.mark.parametrize("options", [{"label_noise": 0.5}, {"subset": 0.5}])
+def test_wrong_labels_and_subsets_move_with_the_seed(options):
+    plain = {"dataset": "shapes", "data": None, "size": 8, "stream": False, "labels": None, "limit": 60, "subset": 1.0,
+             "label_noise": 0.0}
+    configs = [SimpleNamespace(**plain | options, seed=seed) for seed in (0, 0, 1)]
+    (first, again, other) = (common.data.load(config, False, False)[0] for config in configs)
+    same = lambda a, b: torch.equal(a.labels, b.labels) and torch.equal(a.images, b.images)
+    assert same(first, again) and not same(first, other)
+
+
+def test_the_held_out_images_move_with_the_seed():
+    y = torch.arange(100) % 2
+    first, again, other = (common.data.hold_out(y, seed)[1] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_another_size_is_reached_without_aliases():
+    x = torch.randint(256, (3, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(common.data.resize_square(x, 8), TF.resize(x, [8, 8], antialias=True))

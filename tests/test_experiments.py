@@ -18,6 +18,7 @@ import cells
 import common.cli
 import common.config
 import common.data
+import common.models
 import gradient_anatomy
 import linear_probe
 import pretrain
@@ -303,3 +304,23 @@ def test_the_words_of_every_cell_are_a_command_line(name, scale):
         config, _ = common.config.read(context, None, options)
         common.config.complete(config, 1)
         linear_probe.main.make_context("probe", shlex.split(f"folder {cells.SCALES[scale].probe} {cell.probe}"))
+
+
+def test_the_spread_of_seeds_is_their_sample_deviation():
+    assert cells.spread([{"top1": 1.0}, {"top1": 3.0}]) == "2.0 ± 1.4"
+    assert cells.spread([{"top1": 1.0}]) == "1.0"
+
+
+def test_half_an_interval_is_students():
+    """Any table of Student's t has these, two-sided, at 95 %."""
+    table = [12.706, 4.303, 3.182, 2.776, 2.776]
+    assert [cells.standard_errors(freedom) for freedom in (1, 2, 3, 4, 99)] == pytest.approx(table)
+
+
+def test_a_classifier_is_tested_with_the_statistics_of_its_training(monkeypatch):
+    norm = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(2))
+    model = common.models.Model(norm, None, torch.nn.Identity(), unit=False)
+    x = torch.tensor([[5.0, 4.0], [9.0, 4.0]])  # both of class 0, and one of each with the statistics of these two
+    monkeypatch.setattr(cells, "model_of", lambda folder: (model, None))
+    monkeypatch.setattr(cells, "views_of_test_images", lambda *arguments: (x, torch.tensor([0, 0])))
+    assert cells.classifier_top1(None) == 100

@@ -288,3 +288,55 @@ def test_signals_are_noted_however_many_come():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def note_an_epoch(folder, monkeypatch, loss, saved):
+    """What is said at the end of an epoch of one step with this loss, of a run whose loss at collapse is 2."""
+    told = []
+    monkeypatch.setattr(common.journal, "describe_run", lambda *about: {})
+    monkeypatch.setattr(common.journal, "say", lambda words, err=False: told.append(words))
+    config = SimpleNamespace(batch=5, epochs=1, save_minutes=1e9, log_every=1, keep_every=1, tensorboard=False,
+                             workers=0, run=folder)
+    run = StandIn(config=config, step=0, steps_per_epoch=1, total_steps=1, checkpoint=lambda *of: saved)
+    journal = common.journal.Journal(run, 1, None, 2.0, 0.0)
+    run.step = 1
+    journal.note_step(run, torch.tensor(loss), 0.1)
+    journal.note_epoch(run, {})
+    journal.close(run)
+    return told
+
+
+@pytest.mark.parametrize("share, warns", [(0.98, False), (0.995, True), (1.005, True), (1.02, False)])
+def test_a_loss_within_a_hundredth_of_its_collapse_value_is_warned_of(share, warns, tmp_path, monkeypatch):
+    told = note_an_epoch(tmp_path / "run", monkeypatch, 2 * share, {"encoder": {}})
+    assert any("collapse value" in words for words in told) == warns
+
+
+def test_kept_weights_come_without_queue_and_optimizer(tmp_path, monkeypatch):
+    saved = {"encoder": {}, "optimizer": {"x": 1}, "queue": {"z": torch.ones(2)}}
+    note_an_epoch(tmp_path / "run", monkeypatch, 1.0, saved)
+    assert torch.load(tmp_path / "run" / "epoch-0001.pt") == {"encoder": {}, "optimizer": {}}
+
+
+@pytest.mark.parametrize("part", ["encoder", "projection", "classifier"])
+def test_no_part_is_saved_with_a_weight_that_is_no_number(part, tmp_path, monkeypatch):
+    saved = {name: {"w": torch.zeros(1)} for name in ("encoder", "projection", "classifier")}
+    saved[part] = {"w": torch.tensor([float("nan")])}
+    with pytest.raises(common.cli.Refused, match="a weight is not finite"):
+        note_an_epoch(tmp_path / "run", monkeypatch, 1.0, saved)
+
+
+def test_the_first_loss_that_is_no_number_is_named():
+    losses = common.journal.Losses(())
+    for value in (1.0, float("nan"), float("inf")):
+        losses.add(torch.tensor(value), value)
+    ago, value, _ = losses.read()
+    assert ago == 1 and value != value
+
+
+def test_whatever_a_killed_process_was_writing_goes(tmp_path):
+    common.run_folder.RunFolder(tmp_path / "run", {}, contents(0)).close()
+    for stem in ("ckpt", "epoch-0003", "config"):
+        (tmp_path / "run" / f"{stem}-0f.tmp").touch()
+    common.run_folder.RunFolder(tmp_path / "run", {}, step=0).close()
+    assert not list((tmp_path / "run").glob("*.tmp"))

@@ -625,3 +625,10 @@ def test_two_columns_of_whole_numbers_are_no_probabilities():
     for loss in (losses.supcon_out, losses.supcon_in, losses.supcon_sharded):
         with pytest.raises(ValueError, match="floating point, got torch.int64"):
             loss(torch.eye(3), torch.tensor([[0, 1], [1, 0], [0, 1]]))
+
+
+def test_a_mask_gets_no_gradient():
+    mask = torch.eye(4).requires_grad_()
+    features = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    losses.SupConLoss()(features, mask=mask).backward()
+    assert mask.grad is None and features.grad.any()

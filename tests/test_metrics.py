@@ -141,3 +141,25 @@ def test_retrieval_of_many_rows_is_that_of_its_parts(monkeypatch):
     whole = common.metrics.retrieval(z, y)
     monkeypatch.setattr(common.metrics, "SIMILARITIES", 150)  # three queries at a time
     assert common.metrics.retrieval(z, y) == pytest.approx(whole)
+
+
+def test_the_calibration_error_has_fifteen_bins():
+    rng = np.random.default_rng(0)
+    scores, y = torch.tensor(rng.normal(size=(300, 3))), torch.tensor(rng.integers(0, 3, 300))
+    error, table = common.metrics.reliability(scores, y)
+    assert len(table) == 15
+    assert error == pytest.approx(oracles.expected_calibration_error(scores.softmax(1).numpy(), y.numpy(), 15))
+
+
+def test_many_queries_have_the_neighbours_of_few(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    bank, query, y = torch.randn(50, 4, generator=g), torch.randn(30, 4, generator=g), torch.arange(50) % 3
+    whole = common.metrics.knn_top1(bank, y, query, y[:30], k=5)
+    monkeypatch.setattr(common.metrics, "SIMILARITIES", 150)  # three queries at a time
+    assert common.metrics.knn_top1(bank, y, query, y[:30], k=5) == whole > 0
+
+
+def test_five_confusions_are_listed_where_there_are_fewer_classes():
+    scores = torch.eye(3)[torch.tensor([1, 2, 0, 2, 0, 1])]
+    y = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert len(common.metrics.worst_confusions(scores, y, ["a", "b", "c"])) == 5

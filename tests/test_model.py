@@ -100,3 +100,8 @@ def test_resnet200_is_as_deep_as_its_name():
         encoder, _ = common.models.build_encoder("resnet200", "7x7")
     on_the_path = [n for n, m in encoder.named_modules() if isinstance(m, torch.nn.Conv2d) and "downsample" not in n]
     assert len(on_the_path) + 1 == 200  # and the linear layer that is left off
+
+
+def test_the_3x3_stem_begins_with_weights_of_torchvisions_deviation():
+    weight = common.models.build_encoder("resnet18", "3x3")[0].conv1.weight
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)

@@ -251,3 +251,17 @@ def test_what_workers_have_cropped_is_not_cropped_again(monkeypatch):
     monkeypatch.setattr(common.views, "Batch", lambda *args: boxes.extend(d.box for d in args[5]) or made(*args))
     list(batches(ALIKE, stream=True))
     assert boxes and (torch.cat(boxes) == torch.tensor([0.0, 0.0, SIZE, SIZE])).all()
+
+
+def test_each_part_of_a_batch_is_mixed_by_a_share_of_its_own():
+    config = SimpleNamespace(seed=0, views=1, batch=8, size=8, augment="none", crop_min=0.2, jitter=0.5, loss="supcon",
+                             balanced=False, stream=False, mix="mixup", mix_alpha=1.0, num_classes=2, epochs=1)
+    data = common.data.Data(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2, ["a", "b"])
+    ranks = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)
+    (batch,) = common.views.make_batches(config, data, ranks, torch.zeros(3), torch.ones(3), 0)
+    shares = []
+    for part in batch.parts(4):
+        part.labels = torch.tensor([0, 1, 0, 1])
+        _, mixed = part.views()
+        shares.append(mixed[0].max())
+    assert shares[0] != shares[1]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import common.models
 import common.objectives
+import losses
 import pretrain
 import reference_numpy as ref
 
@@ -231,3 +232,9 @@ def test_running_statistics_stand_still_within_and_move_again_after():
     # the batch's own statistics, as in training
     torch.testing.assert_close(inside, norm(torch.arange(12.0).view(4, 3)))
     assert norm.num_batches_tracked == 1 and norm.running_mean.tolist() != [0, 0, 0]
+
+
+def test_a_smaller_last_group_of_pairs_weighs_as_its_pairs():
+    f = torch.randn(5, 4, dtype=torch.double)
+    first, last = (losses.n_pair(f[rows], 2 * f[rows]) for rows in (slice(0, 3), slice(3, 5)))
+    assert torch.isclose(common.objectives.grouped_n_pair(f, 2 * f, 3), (3 * first + 2 * last) / 5)

@@ -206,3 +206,13 @@ def test_logistic_regression_of_separable_features_ends():
     r = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(5, 1)
     weight, bias = common.optim.logistic_regression(r, torch.tensor([0, 1]).repeat(5), 2, 0.0)
     assert weight.isfinite().all() and (r @ weight.T + bias).argmax(1).tolist() == [0, 1] * 5
+
+
+def test_logistic_regression_in_parts_has_no_gradient_left():
+    """Of 2^17 classes it takes 128 rows at a time."""
+    g = torch.Generator().manual_seed(0)
+    r, labels = torch.randn(130, 2, generator=g), torch.arange(130) % 2
+    weights, bias = (x.double() for x in common.optim.logistic_regression(r, labels, 2**17, 0.1))
+    w = weights.requires_grad_()
+    loss = F.cross_entropy(r.double() @ w.T + bias, labels) + 0.05 * w.square().sum()
+    assert torch.autograd.grad(loss, w)[0].abs().max() < 1e-3

@@ -184,3 +184,18 @@ def test_recipe_list_prints_every_number(capsys):
             for stage in (preset.pretrain, preset.probe)
             for k, v in stage.items()
         )
+
+
+@pytest.mark.parametrize(
+    "recipe, given, dropped",
+    [
+        ("cifar10-supcon", {"arch": "vit_b_16"}, {"stem"}),
+        ("imagenet-ce-r50", {"optimizer": "lars"}, {"nesterov"}),
+        ("imagenet-ce-r50", {"loss": "supcon"}, {"label_smoothing"}),
+        ("imagenet-supcon-r50", {"dataset": "cifar10"}, {"stream"}),
+        ("imagenet-supcon-queue", {"loss": "triplet"}, {"queue", "momentum_encoder"}),
+    ],
+)
+def test_what_belongs_to_an_overridden_option_is_dropped_with_it(recipe, given, dropped):
+    assert dropped <= common.presets.PRESETS[recipe].pretrain.keys()
+    assert not dropped & common.config.options_of_preset(given | {"recipe": recipe}, set(given)).keys()

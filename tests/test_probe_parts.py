@@ -106,3 +106,40 @@ def test_baselines_are_pixels_and_an_encoder_that_nobody_trained():
     found = linear_probe.baselines(dead, data, data, cells, fit)
     assert found["raw_pixels_top1"] == 100 and found["untrained_encoder_top1"] > 60
     assert found == linear_probe.baselines(dead, data, data, cells, fit)
+
+
+def test_label_smoothing_reaches_logistic_regression():
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(80) % 4
+    r = 2 * torch.randn(4, 6, generator=g)[y] + torch.randn(80, 6, generator=g)
+    fit = SimpleNamespace(optimizer="lbfgs", label_smoothing=0.2)
+    weights, biases = linear_probe.fit_cells(lambda epoch: r, y, 4, [(None, 1e-2)], fit)
+    weight, bias = common.optim.logistic_regression(r, y, 4, 1e-2, 0.2)
+    torch.testing.assert_close(weights[0], weight)
+    torch.testing.assert_close(biases[0], bias)
+
+
+def test_images_fewer_than_a_batch_are_learned():
+    r, y = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
+    fit = SimpleNamespace(epochs=20, batch=512, optimizer="sgd", momentum=0.9, nesterov=True, schedule="cosine",
+                          warmup=0.0, warmup_from=0.0, label_smoothing=0.0, seed=0, lr=1.0)
+    weights, biases = linear_probe.train_cells(lambda epoch: r, y, 3, [(1.0, 0.0)], fit)
+    assert torch.equal((r @ weights[0].T + biases[0]).argmax(1), y)
+
+
+def test_each_number_of_a_probe_is_of_the_set_that_its_name_says():
+    encoder, _ = common.models.build_encoder("small", "3x3")
+    config = {"size": 16, "precision": "float32", "crop_min": 0.2}
+    frozen = common.frozen.Frozen(encoder, torch.zeros(3), torch.ones(3), config, torch.device("cpu"))
+    train, test = (common.data.load_data("shapes", None, part, size=16, limit=60) for part in (True, False))
+    job = linear_probe.Job(None, "", frozen, "shapes", None, train, test, "")
+    features = linear_probe.extract_both(job, 0)
+    fit = SimpleNamespace(optimizer="lbfgs", label_smoothing=0.0, standardize=True, seed=0)
+    fitted = linear_probe.fit_classifier(job, features, [(None, 1e-4)], fit, False, 0)
+    found = linear_probe.measure(job, fitted, features, 0)
+    of_train = common.metrics.topk(fitted.classifier(features.r_train), features.y_train, 1)
+    of_test = common.metrics.topk(fitted.classifier(features.r_test), features.y_test, 1)
+    assert found["train_top1"] == of_train != of_test == found["top1"]
+    retrieved = common.metrics.retrieval(features.r_test, features.y_test)
+    assert {name: found[name] for name in retrieved} == retrieved
+    assert retrieved != common.metrics.retrieval(features.r_train, features.y_train)

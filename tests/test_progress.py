@@ -4,12 +4,14 @@ import io
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import common.cli
 import common.journal
-from runs import SMALL, log_of, train
+from runs import SMALL, StandIn, log_of, train
 
 pytestmark = pytest.mark.seeds_torch
 
@@ -85,3 +87,17 @@ def test_names_that_a_terminal_cannot_write_are_written_with_question_marks(monk
     common.cli.say("taken for caf\udce9")  # a class folder whose name is not UTF-8
     sys.stdout.flush()
     assert bytes_.getvalue() == b"taken for caf?\n"
+
+
+def test_the_time_that_is_left_is_told_in_minutes(tmp_path, monkeypatch):
+    now, told = [0.0], []
+    monkeypatch.setattr(common.journal.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(common.journal, "describe_run", lambda *about: {})
+    monkeypatch.setattr(common.journal, "say_in_place", told.append)
+    config = SimpleNamespace(batch=50, epochs=1, save_minutes=1e9, log_every=1, tensorboard=False, run=tmp_path / "run")
+    run = StandIn(config=config, step=0, steps_per_epoch=100, total_steps=100, checkpoint=lambda *of: {"encoder": {}})
+    journal = common.journal.Journal(run, 1, None, None, None)
+    now[0], run.step = 240, 1  # four minutes a step
+    journal.note_step(run, torch.tensor(1.0), 0.1)
+    assert told[0].endswith(f"{99 * 4:.1f} min left")
+    journal.folder.close()

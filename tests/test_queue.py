@@ -74,3 +74,20 @@ def test_a_run_with_a_queue_resumes_to_the_same_bits(loss, tmp_path):
     assert whole["queue"]["z"].shape == (150, 128) and (
         loss[1] != "simclr" or set(whole["queue"]["y"].tolist()) == {-1}
     )
+
+
+def test_a_queue_smaller_than_a_batch_keeps_its_last_rows_with_their_labels():
+    queue = common.models.Queue(torch.nn.Linear(2, 2), 3, 0.9)
+    queue.add(torch.arange(5.0)[:, None].expand(5, 2), torch.arange(5))
+    assert queue.y.tolist() == queue.z[:, 0].tolist() == [2, 3, 4]
+
+
+def test_the_momentum_encoder_is_frozen_with_the_model():
+    encoder = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    model = common.models.Model(encoder, torch.nn.Linear(4, 2))
+    queue, x = common.models.Queue(model, 6, 0.9), torch.randn(5, 3)
+    for is_frozen in (True, False):
+        model.freeze(is_frozen)
+        queue.follow(model)
+        with common.models.still_statistics(model):
+            torch.testing.assert_close(queue.encode(x), model(x)[0].detach())

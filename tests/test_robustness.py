@@ -1,6 +1,7 @@
 """robustness.py: mean corruption errors, published sets, interrupted tests, what cannot be tested."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -370,3 +371,49 @@ def test_what_cannot_be_tested_gives_one_line_and_status_2(
     before = files_in(tmp_path)
     assert words in refusal(robustness, [path, *options], monkeypatch, capsys)
     assert files_in(tmp_path) == before
+
+
+def fog_of(folder, count=60):
+    """A set of one corruption that changes nothing, as its source sees it, and the test set that it was made of."""
+    test = common.data.load_data("shapes", None, False, size=16)
+    folder.mkdir()
+    images = test.images[:count].permute(0, 2, 3, 1).numpy()
+    np.save(folder / "fog.npy", np.tile(images, (5, 1, 1, 1)))
+    np.save(folder / "labels.npy", np.tile(test.labels[:count].numpy(), 5))
+    return SimpleNamespace(size=16, classes=test.classes), test
+
+
+def test_published_images_are_limited_and_brought_to_the_classifiers_size(tmp_path):
+    classifier, test = fog_of(tmp_path / "c")
+    ((images, labels),) = robustness.Cifar10C(tmp_path / "c", classifier, 7).batches("fog", 2)
+    assert torch.equal(images, test.images[:7]) and torch.equal(labels, test.labels[:7])
+    classifier.size = 12
+    for images, _ in robustness.Cifar10C(tmp_path / "c", classifier, None).batches("fog", 1):
+        assert torch.equal(images, common.data.resize_square(test.images[:60], 12))
+
+
+def test_published_folders_are_limited(tmp_path):
+    for severity in robustness.SEVERITIES:
+        folder_of(tmp_path / "fog", [str(severity)], ["a", "b"])
+    source = robustness.ImageNetC(tmp_path, SimpleNamespace(size=16, classes=["a", "b"]), 5, 0)
+    source.check(None)
+    assert [len(labels) for _, labels in source.batches("fog", 1)] == [5]
+
+
+def prepared(path, **options):
+    plain = {"corrupted": None, "baseline": None, "data": None, "download": False, "limit": 40, "workers": 0,
+             "seed": 0, "as_files": True, "device": "cpu"}
+    return robustness.prepare(path, **plain | options)
+
+
+def test_clean_images_are_limited_as_published_ones(probed, tmp_path):
+    fog_of(tmp_path / "c")
+    job = prepared(probed, corrupted=tmp_path / "c", limit=7)
+    assert len(job.test.labels) == len(job.test.images) == 7
+
+
+def test_tests_that_differ_are_never_taken_for_one_another(probed):
+    job = prepared(probed)
+    for other in ({"as_files": False}, {"seed": 3}, {"limit": 30}):
+        assert prepared(probed, **other).about != job.about
+    assert len({prepared(probed, **other).report for other in ({}, {"seed": 3}, {"limit": 30})}) == 3

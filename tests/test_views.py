@@ -8,6 +8,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as TF
 
 import common.cli
@@ -286,3 +287,26 @@ def test_numbers_of_places_and_keys_are_uniform_and_apart():
     assert centred.mean().abs() < 3e-3 and (centred.square().mean() - 1 / 12).abs() < 1e-3
     for other in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(1, 2)):
         assert (centred * other).mean().abs() < 1e-3
+
+
+def test_the_order_of_the_colours_is_drawn_apart_from_the_crop_and_for_each_view():
+    views = [common.views.draw_view(1, 224, "sim", ("views", k)) for k in range(2000)]
+    area = torch.tensor([view.box[0, 2:].prod() for view in views])
+    place = torch.tensor([view.order.index(0) for view in views], dtype=torch.float)
+    assert torch.stack([area, place]).corrcoef()[0, 1].abs() < 0.1
+    first, second = ([common.views.draw_view(1, 8, "sim", ("views", k, v)).order for k in range(20)] for v in range(2))
+    assert first != second
+
+
+@pytest.mark.parametrize("size, policy", [(32, "CIFAR10"), (64, "CIFAR10"), (65, "IMAGENET")])
+def test_small_images_take_the_policies_of_cifar(size, policy):
+    data = common.data.Data(torch.zeros(1, 3, size, size, dtype=torch.uint8), None, None)
+    steps = common.views.WorkerViews(data, "auto").transform.transforms
+    (step,) = [step for step in steps if isinstance(step, transforms.AutoAugment)]
+    assert step.policy == transforms.AutoAugmentPolicy[policy]
+
+
+def test_colours_and_blur_have_the_range_of_simclrs():
+    assert common.views.draw_view(500, 8, "sim", (0,), jitter=2.0).jitter[:, :3].min() >= 0
+    sigma = common.views.draw_view(10_000, 224, "sim", (0,)).sigma
+    assert 1.99 < sigma.max() <= 2 and 0.1 <= sigma[sigma > 0].min() < 0.11

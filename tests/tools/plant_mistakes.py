@@ -34,6 +34,7 @@ settings.load_profile("plant")
 # see it). "views moves" are tests/test_views.py and tests/test_moves.py.
 MISTAKES = {
     "losses.py": [
+        ("a mask gets a gradient", "mask.detach().to(z)", "mask.to(z)", "losses"),
         ("drop the 1/|P|", "(w * log_P).sum(1) / -total, valid", "-(w * log_P).sum(1), valid", "losses theory strips"),
         ("keep self in A(i)",
          "_score_matrix(a, b, own), _fill(", "_score_matrix(a, b, None), _fill(", "losses theory strips"),
@@ -226,6 +227,12 @@ MISTAKES = {
          "    if ranks.rank == 0:\n            found = read(", "    if True:\n            found = read(", "clusters"),
     ],
     "linear_probe.py": [
+        ("accuracy on the training set is that on the test set",
+         "topk(fitted.classifier(r_train), y_train, 1)", "topk(scores, y_test, 1)", "probe_parts"),
+        ("retrieval among the training images",
+         "retrieval(r_test, y_test)", "retrieval(r_train, y_train)", "probe_parts"),
+        ("fewer images than a batch are not learned", "batch = min(fit.batch, n)", "batch = fit.batch", "probe_parts"),
+        ("logistic regression without label smoothing", "decay, fit.label_smoothing) for", "decay) for", "probe_parts"),
         ("a device's order by a generator of the CPU",
          "torch.randperm(n, generator=g).to(r.device)",
          "torch.randperm(n, generator=g, device=r.device)", "imitated_gpu"),
@@ -261,6 +268,16 @@ MISTAKES = {
          "return take(train, kept), take(train, held)", "return train, take(train, held)", "images"),
     ],
     "robustness.py": [
+        ("published images are not limited", "first + min(n, self.limit or n)", "first + n", "robustness"),
+        ("clean images are not limited",
+         "    test = test._replace(images=test.images[:limit], labels=test.labels[:limit])\n", "", "robustness"),
+        ("published folders are not limited",
+         'generator("limit"))[: self.limit].split', 'generator("limit")).split', "robustness"),
+        ("a test goes on with images that were no files",
+         '        "as_files": as_files,\n        "limit"', '        "limit"', "robustness"),
+        ("tests of other seeds have one report", ', seed and f"s{seed}")', ")", "robustness"),
+        ("published images keep their size",
+         "yield resize_square(images, self.size), self", "yield images, self", "robustness"),
         ("the noise of every severity alike", "NAMES.index(name), severity, k)", "NAMES.index(name), k)", "moves"),
         ("every five hundred images have the same noise",
          "NAMES.index(name), severity, k)", "NAMES.index(name), severity)", "moves"),
@@ -283,6 +300,16 @@ MISTAKES = {
         ("error is accuracy", "(scores.argmax(1) != labels)", "(scores.argmax(1) == labels)", "robustness"),
     ],
     "common/config.py": [
+        ("--crop-min beside --augment none",
+         '    (["crop_min"], lambda c: c.augment != "none", "views that are cropped"),\n', "", "bad_input"),
+        ("--loss-scale of cross-entropy", '["loss_scale", "projection"]', '["projection"]', "bad_input"),
+        ("--positives-cap of NT-Xent", '["denominator", "positives_cap"]', '["denominator"]', "bad_input"),
+        ("a stem for another encoder", '    "arch": {"stem"},\n', "", "presets"),
+        ("Nesterov's momentum for another optimizer", '    "optimizer": {"nesterov"},\n', "", "presets"),
+        ("a stream for another data set", '    "dataset": {"stream"},\n', "", "presets"),
+        ("a queue for another loss",
+         '"projection", "queue", "momentum_encoder"', '"projection", "momentum_encoder"', "presets"),
+        ("smoothing for another loss", '"momentum_encoder", "label_smoothing"}', '"momentum_encoder"}', "presets"),
         ("an anchor's own views count as negatives",
          "return config.views * (config.batch - 1)", "return config.views * config.batch - 1", "defaults"),
         ("the rate per 256 images per 1024",
@@ -306,6 +333,7 @@ MISTAKES = {
          '"--balanced" if config.balanced else ""', '""', "images"),
     ],
     "common/corruptions.py": [
+        ("the elastic transform is smoothed over less", "int(3 * sigma + 0.5)", "int(sigma + 0.5)", "corruptions"),
         ("zooms that are not arange's", "1 + k * ((1 + step) - 1)", "1 + k * step", "corruptions"),
         ("no JPEG files above 64 pixels", "if as_files and not is_small", "if False", "corruptions"),
         ("severities from 0", "[name][severity - 1]", "[name][severity % 5]", "corruptions"),
@@ -328,6 +356,11 @@ MISTAKES = {
          "is_small = images.shape[-1] < SMALL_SIZE", "corruptions"),
     ],
     "common/data.py": [
+        ("the held-out images never move", 'generator("held out", seed)', 'generator("held out")', "data"),
+        ("wrong labels are the same at every seed", 'generator("noise", config.seed)', 'generator("noise")', "data"),
+        ("a subset is the same at every seed", 'generator("subset", config.seed)', 'generator("subset", 0)', "data"),
+        ("images are made smaller with aliases",
+         "[size, size], antialias=True) for part", "[size, size], antialias=False) for part", "data"),
         ("a test set that cannot be read is none", 'raise Refused(f"--dataset {dataset} cannot',
          'raise Missing(f"--dataset {dataset} cannot', "data"),
         ("numbers of a place depend on who draws them", ".advance(first * count // 4)", ".advance(first)", "views"),
@@ -436,6 +469,13 @@ MISTAKES = {
          "with_versions(own | taken, encoder)", "with_versions(own, encoder)", "initial"),
     ],
     "common/journal.py": [
+        ("seconds for minutes", "* config.batch / rate / 60", "* config.batch / rate", "progress"),
+        ("collapse is seen where there is none", "< 0.01 * self.collapse", "< 0.1 * self.collapse", "keeping"),
+        ("kept weights with the queue", ' if k != "queue"}', "}", "keeping"),
+        ("a head that is not finite is saved",
+         '("encoder", "projection", "classifier") if name in', '("encoder",) if name in', "keeping"),
+        ("the last loss that is no number is named",
+         "return wrong[0] if wrong", "return wrong[-1] if wrong", "keeping"),
         ("what a resumed run changes is saved with its next steps",
          'if resumed["config"] != dataclasses.asdict(run.config):', "if False:", "nothing_lost"),
         ("saves after seconds, not minutes", "> 60 * self.config.save_minutes", "> self.config.save_minutes", "log"),
@@ -472,6 +512,9 @@ MISTAKES = {
         ("any split is one", "if split not in SPLITS[True] + SPLITS[False]:", "if False:", "label_files"),
     ],
     "common/metrics.py": [
+        ("calibration in ten bins", "bins=15", "bins=10", "metrics"),
+        ("neighbours of the last queries alone", "right += (votes", "right = (votes", "metrics"),
+        ("fewer confusions", "min(count, n * n)", "min(count, n)", "metrics"),
         ("votes on the CPU", "device=bank.device, dtype=s.dtype", "dtype=s.dtype", "imitated_gpu"),
         ("bins [a, b)",
          "(confidence * bins).ceil().long().clamp(1, bins) - 1",
@@ -503,6 +546,11 @@ MISTAKES = {
          "for name, share, count in shares if count}", "for name, share, count in shares}", "metrics"),
     ],
     "common/models.py": [
+        ("the 3x3 stem begins as torch's layers do",
+         '        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")\n', "", "model"),
+        ("the momentum encoder is not frozen with the model",
+         "        self.model.freeze(model.is_frozen)\n", "", "queue"),
+        ("a first batch larger than the queue", "z[-self.size :] if self.z is None", "z if self.z is None", "queue"),
         ("entries without the versions of their layouts", "    state._metadata = module.state_dict()._metadata\n", "",
          "encoders"),
         ("the same first weights at every seed", "torch.manual_seed(config.seed)", "torch.manual_seed(0)", "moves"),
@@ -536,6 +584,8 @@ MISTAKES = {
          "        norm.track_running_stats = False\n", "        pass\n", "objectives"),
     ],
     "common/objectives.py": [
+        ("a smaller last group of pairs",
+         'torch.cat([losses.n_pair(a, p, reduction="none") for', "torch.stack([losses.n_pair(a, p) for", "objectives"),
         ("every triplet is semi-hard", ", mining=config.mining)", ")", "objectives"),
         ("N-pair: halves for pairs", "grouped_n_pair(z[0::2], z[1::2]", "grouped_n_pair(*z.chunk(2)", "objectives"),
         ("N-pair: the norm's mean over the columns too", "z.square().sum(1).mean()", "z.square().mean()", "objectives"),
@@ -569,6 +619,8 @@ MISTAKES = {
          "Objective(triplet, margin=0.2)", "Objective(triplet, margin=0.2, lr=0.1)", "published defaults"),
     ],
     "common/optim.py": [
+        ("parts of logistic regression weigh too much",
+         "label_smoothing=label_smoothing) / len(r)", "label_smoothing=label_smoothing) / len(y)", "optimisers"),
         ("logistic regression: the decay of V", "(V @ whiten).square()", "V.square()", "optimisers"),
         ("logistic regression without its whitening's inverse",
          "return (V @ whiten).detach()", "return V.detach()", "optimisers"),
@@ -621,6 +673,7 @@ MISTAKES = {
         ("solo-learn's head as wide as its encoder", '"projection": "2048-256"', '"projection": "r-256"', "published"),
     ],
     "common/run_folder.py": [
+        ("what was written aside stays", 'WRITTEN = "ckpt", "epoch", "config"', 'WRITTEN = "ckpt",', "keeping"),
         ("a checkpoint that is being written moves with the weights", 'to("cpu", copy=True)', 'to("cpu")', "keeping"),
         ("a checkpoint that is being written moves with the losses",
          "return [copy_on_host(part) for part in entry] if isinstance(entry, list) else entry", "return entry",
@@ -658,6 +711,15 @@ MISTAKES = {
         ("the earlier parts of a run are forgotten", 'return before.get("earlier", []) + [', "return [", "keeping"),
     ],
     "common/views.py": [
+        ("one share for all parts of a mixed batch",
+         'generator("mix", seed, *step, v, self.start)', 'generator("mix", seed, *step, v)', "moves"),
+        ("the policies exchanged",
+         "AutoAugmentPolicy.CIFAR10 if size <= SMALL_SIZE", "AutoAugmentPolicy.CIFAR10 if size > SMALL_SIZE", "views"),
+        ("a colour factor below 0", "between(max(0.0, 1 - 0.8 * jitter),", "between(1 - 0.8 * jitter,", "views"),
+        ("half the blur", "sigma = between(0.1, 2, u", "sigma = between(0.1, 1, u", "views"),
+        ("the order of the colours follows the crop", 'uniforms(1, 4, *key, "order")', "uniforms(1, 4, *key)", "views"),
+        ("both views have one order of the colours",
+         'uniforms(1, 4, *key, "order")', 'uniforms(1, 4, *key[:-1], "order")', "views"),
         ("every draw waits for the device",
          "x.pin_memory().to(device, non_blocking=True)", "x.to(device)", "imitated_gpu"),
         ("images on the device are fetched again", 'if x.device.type != "cpu" or device', "if device", "imitated_gpu"),
@@ -742,6 +804,9 @@ MISTAKES = {
          "mine = slice(ranks.rank * share, (ranks.rank + 1) * share)", "mine = slice(0, share)", "moves runs"),
     ],
     "experiments/cells.py": [
+        ("the test set's own statistics", "model.eval()(part)[1]", "model(part)[1]", "experiments"),
+        ("the deviation of all there are", "statistics.stdev(", "statistics.pstdev(", "experiments"),
+        ("another Student", "3: 3.182", "3: 3.812", "experiments"),
         ("a cell that has its result runs again", "if (name, seed) not in {", "if (name, -1) not in {", "experiments"),
         ("results of other trainings are mixed", "    refuse_other_trainings(path, cells, scale)\n", "", "experiments"),
         ("the probe of another seed", ', f"{of_probe} --seed {seed}"', ", of_probe", "experiments"),
@@ -800,6 +865,9 @@ MISTAKES = {
          "    if is_first():\n        write(words, ", "progress"),
         ("a shorter line leaves the end of a longer one", '" " * len(standing) + "\\r"', '"\\r"', "progress"),
         ("what a user can put right ends with status 1", "    sys.exit(2)\n", "    sys.exit(1)\n", "bad_input"),
+    ],
+    "experiments/results_table.py": [
+        ("half a line is an entry", ' and line.endswith("}")]', "]", "clusters"),
     ],
 }
 
