@@ -208,7 +208,7 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
         raise Refused(f"{checkpoint.parent} cannot be written: copy the checkpoint to a folder that can")
     own_dataset, own_data = frozen.config["dataset"], frozen.config["data"]
     dataset, data = dataset or own_dataset, data or own_data
-    elsewhere = data != own_data and dataset in (own_dataset, "folder")
+    elsewhere = Path(data).resolve() != Path(own_data).resolve() and dataset in (own_dataset, "folder")
     if validate and (elsewhere or limit or dataset != own_dataset):
         raise Refused("--validate takes the run's own images: leave --dataset, --data and --limit out "
                       "(if they have moved, pretrain.py --resume RUN --data DIR notes their new place)")

@@ -60,8 +60,11 @@ def train(config, ranks, resumed=None):
                 refuse_unusable(Path(config.run), resuming=resumed is not None)
         data, test = load_on_every_rank(config, ranks)
         with ranks.refusing_together():
+            about = describe_data(data, config.data)
+            if resumed:
+                require_same_data(config, about, resumed)
             fit_to_data(config, data)
-            run = Run(config, data, ranks, resumed)
+            run = Run(config, data, about, ranks, resumed)
         with ranks.refusing_together():
             journal = open_journal(run, data, test, ranks, resumed)
         run.distribute(ranks)
@@ -203,14 +206,13 @@ def enqueue(run, parts):
 class Run:
     """The model, the optimizer and the queue, and the step at which they are."""
 
-    def __init__(self, config, data, ranks, resumed=None):
-        """resumed: the contents of a checkpoint, whose state this run takes over."""
+    def __init__(self, config, data, about, ranks, resumed=None):
+        """about: what describe_data says of the data. resumed: the contents of a checkpoint, whose state this run takes
+        over."""
         self.config = config
         self.device = ranks.device
         self.step = 0
-        self.data = describe_data(data, config.data)
-        if resumed:
-            require_same_data(config, self.data, resumed)
+        self.about_data = about
         self.steps_per_epoch = len(data.labels) // config.batch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.autocast = type_of_autocast(config.precision, ranks.device)
@@ -283,7 +285,7 @@ class Run:
             "scaler": self.scaler.state_dict(),  # empty but in float16
             "mean": self.mean.cpu().float(),
             "std": self.std.cpu().float(),
-        } | self.data
+        } | self.about_data
 
     def restore(self, contents):
         """Takes over the state of a checkpoint. Raises Refused where it is not one of such a run."""
@@ -343,7 +345,11 @@ def say_how_it_ended(run):
     if run.step < run.total_steps:
         say(f"stopped after step {run.step} of {run.total_steps}; this goes on:\n{resume_command(run.config.run)}")
     else:
-        say(f"done: python linear_probe.py {run.config.run}/ckpt.pt")
+        say(f"done: {probe_command(run.config.run)}")
+
+
+def probe_command(run):
+    return shlex.join(["python", "linear_probe.py", f"{run}/ckpt.pt"])
 
 
 def resume_command(run):
@@ -370,7 +376,7 @@ def main(context, resume, **options):
         config, contents = read_on_first(context, resume, options, ranks)
         moved = contents and any(contents["config"].get(name) != getattr(config, name) for name in ("data", "labels"))
         if resume == "auto" and contents and is_finished(contents, config.epochs) and not moved:
-            return say(f"{config.run} is finished: python linear_probe.py {config.run}/ckpt.pt")
+            return say(f"{config.run} is finished: {probe_command(config.run)}")
         return train(config, ranks, contents)
 
 

@@ -243,7 +243,7 @@ def prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_
             "name one of the same data set")
     own = ours.frozen.config["data"]
     data = data or own
-    elsewhere = data != own and Path(data).resolve().name
+    elsewhere = Path(data).resolve() != Path(own).resolve() and Path(data).resolve().name
     kind = suffix(elsewhere, corrupted and corrupted.resolve().name, limit and f"first{limit}", seed and f"s{seed}")
     named = {"data": elsewhere and data, "corrupted": corrupted}
     named = {name: str(Path(place).resolve()) for name, place in named.items() if place}
@@ -265,7 +265,7 @@ def prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_
         "as_files": as_files,
         "limit": limit,
         "torch": torch.__version__,
-        "corrupted": corrupted and [[str(p.resolve()), p.stat().st_mtime] for p in sorted(corrupted.iterdir())],
+        "corrupted": corrupted and [[str(p.resolve()), p.lstat().st_mtime] for p in sorted(corrupted.iterdir())],
     }
     return Job(paths, classifiers, corruptions or Made(test, seed, as_files), test, report, named, about)
 
@@ -368,8 +368,10 @@ def main(path, corrupted, baseline, data, download, limit, workers, seed, as_fil
     result |= job.named | summary(kind, clean[0], errors[0], ece[0])
     if baseline:
         result["baseline"] = {"classifier": str(job.paths[1])} | summary(kind, clean[1], errors[1], ece[1])
-        ratios = [np.sum(errors[0][name]) / max(np.sum(errors[1][name]), 1e-9) for name in job.source.names]
-        result["ratio_to_baseline"] = float(np.mean(ratios))
+        erring = [name for name in job.source.names if np.any(errors[1][name])]
+        if erring:  # no error is a multiple of none
+            ratios = [np.sum(errors[0][name]) / np.sum(errors[1][name]) for name in erring]
+            result["ratio_to_baseline"] = float(np.mean(ratios))
     report(result)
     write_json(job.report, result)
     partial_file(job).unlink(missing_ok=True)

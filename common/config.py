@@ -246,6 +246,8 @@ def click_option(field):
 def read(context, resume, options):
     """(Config, contents of the checkpoint that the run goes on from, or None), of a command line."""
     given = {k for k in options if context.get_parameter_source(k) is not ParameterSource.DEFAULT}
+    require(resume != "", "--resume takes the folder of a run: name one")
+    require(options["run"] != "", "--run-dir takes a folder: name one")
     if resume not in (None, "auto"):
         return read_resumed(context, Path(resume), options, given)
     if options["recipe"]:
@@ -329,7 +331,6 @@ DEFAULTS_MAY_CHANGE = {"size", "stem", "warmup"}  # they depend on the data, or 
 
 def read_resumed(context, run, options, given):
     """As read, for the run in the folder `run`: its own options, but for those that may change."""
-    require(str(run).strip("."), "--resume takes the folder of a run: name one")
     config, contents = read_newest(run)
     changed = {k for k in given - MAY_CHANGE if options[k] != getattr(config, k)}
     require(not changed, f"--resume keeps the run's recipe: leave out {flags(context, changed)}, or start a new run")
@@ -479,7 +480,8 @@ def fit_to_data(config, data):
             f"{source} has one class alone: --loss {config.loss} needs two, --loss simclr none")
     alone = torch.bincount(data.labels, minlength=classes).min() < 2
     require(not objective.pairs or not alone,
-            f"--loss {config.loss} needs two images of every class: raise --limit or mend the data")
+                f"--loss {config.loss} needs two images of every class: raise --limit or --subset, lower --label-noise "
+            "or mend the data")
 
 
 def source_of(config):

@@ -70,10 +70,10 @@ def floor_and_collapse(run, steps):
     """The loss at its floor and at collapse, as config.json has them; or else 0 and the first one of the log."""
     try:
         about = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError):
-        about = {}
-    if about.get("collapse"):
-        return about["floor"], about["collapse"]
+        if about["collapse"]:
+            return about["floor"], about["collapse"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
     return 0.0, abs(steps[0]["loss"]) or 1.0
 
 

@@ -54,6 +54,9 @@ def start_from(encoder, config):
     if any(differ):
         raise Refused(f"--init {config.init} is not of the encoder {config.arch}: {'; '.join(filter(None, differ))}. "
                       "Name its weights, or their --arch")
+    wrong = [name for name, entry in taken.items() if not entry.isfinite().all()]
+    if wrong:
+        raise Refused(f"--init {config.init} holds numbers that are not finite, in {first_of(wrong)}: name another")
     encoder.load_state_dict(with_versions(own | taken, encoder))
     words = [f"encoder from {config.init}: {len(taken)} of {len(own)} entries"]
     words += [f"the stem starts fresh, for {both_shapes(name, own, entries)}" for name in fresh]

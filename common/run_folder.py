@@ -19,6 +19,7 @@ import socket
 import subprocess
 import time
 import uuid
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,13 +50,22 @@ def load_checkpoint(path):
 def load_plain(path, kind, script, form, entries, remedy):
     """The contents of a file of this project, a dict that names its format and holds these entries. Runs no code."""
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents = load_undamaged(path)
     except FileNotFoundError as e:
         raise Refused(f"there is no {kind} {path}: {remedy}") from e
     except Exception as e:  # of a zip archive, of pickle, of the file system
         raise Refused(f"{path} cannot be read as a {kind} of {script} ({type(e).__name__}): {remedy}") from e
     require_entries(contents, path, kind, script, form, entries, remedy)
     return contents
+
+
+def load_undamaged(path):
+    """The contents of a file that torch.save wrote. Raises an error where a checksum in it is wrong."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # torch.load does not look
+    if damaged:
+        raise zipfile.BadZipFile(damaged)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def require_entries(contents, path, kind, script, form, entries, remedy):
@@ -391,9 +401,10 @@ def earlier_parts(path):
     """What the earlier parts of a run ran on, from its config.json."""
     try:
         before = json.loads(path.read_text())
-    except (OSError, ValueError):
+        earlier = before.get("earlier", [])
+    except (OSError, ValueError, AttributeError):
         return []
-    return before.get("earlier", []) + [{k: v for k, v in before.items() if k not in ("options", "earlier")}]
+    return earlier + [{k: v for k, v in before.items() if k not in ("options", "earlier")}]
 
 
 def step_of(line):

@@ -88,7 +88,7 @@ def between(low, high, u):
 
 
 def make_view(images, view, mean, std):
-    """images (n, 3, H, H) uint8 -> views of the type of mean: cropped, flipped, jittered, greyed, blurred, normalised."""
+    """images (n, 3, H, H) uint8 -> views of mean's type: cropped, flipped, jittered, greyed, blurred, normalised."""
     x = crop_and_flip(images.float() / 255, view.box, view.flip)
     jitters = (brightness, contrast, saturation, hue)
     for j in view.order:

@@ -92,7 +92,7 @@ MISTAKES = {
         ("strips: the class sums have no gradient",
          "index_add(0, y_b, rows)", "index_add(0, y_b, rows.detach())", "strips"),
         ("strips: these sums in the type of the rows",
-         "rows = rows.to(_wide(rows))\n", "", "strips"),
+         "    rows = rows.to(_wide(rows))\n", "", "strips"),
         ("strips: what is not finite is hidden",
          "return loss + not_finite, valid", "return loss, valid", "strips"),
         ("a memory may not move on where tau learns",
