@@ -340,3 +340,14 @@ def test_whatever_a_killed_process_was_writing_goes(tmp_path):
         (tmp_path / "run" / f"{stem}-0f.tmp").touch()
     common.run_folder.RunFolder(tmp_path / "run", {}, step=0).close()
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_checkpoint_of_which_a_byte_has_changed_is_refused(tmp_path):
+    torch.save(contents(3, encoder={"w": torch.arange(1000.0)}), tmp_path / "ckpt.pt")
+    common.run_folder.load_checkpoint(tmp_path / "ckpt.pt")
+    damaged = bytearray((tmp_path / "ckpt.pt").read_bytes())
+    place = damaged.index(torch.arange(1000.0).numpy().tobytes())
+    damaged[place + 100] ^= 1
+    (tmp_path / "ckpt.pt").write_bytes(damaged)
+    with pytest.raises(common.cli.Refused, match="cannot be read as a checkpoint"):
+        common.run_folder.load_checkpoint(tmp_path / "ckpt.pt")
