@@ -709,7 +709,7 @@ MISTAKES = {
         ("a folder with steps is begun anew", '["step"] > 0 for path', '["step"] > 99 for path', "keeping"),
         ("the damaged checkpoint takes the good one's place",
          'os.replace(newest, self.path / "ckpt-damaged.pt")', "pass", "keeping"),
-        ("the earlier parts of a run are forgotten", 'return before.get("earlier", []) + [', "return [", "keeping"),
+        ("the earlier parts of a run are forgotten", 'return earlier + [', "return [", "keeping"),
     ],
     "common/views.py": [
         ("one share for all parts of a mixed batch",
