@@ -38,7 +38,7 @@ from common.metrics import worst_confusions
 from common.optim import learning_rate, logistic_regression, make_optimizer
 from common.presets import PRESETS, as_option
 from common.ranks import choose_device
-from common.run_folder import checkpoint_of, kind_of_its_own, suffix
+from common.run_folder import checkpoint_of, kind_of_its_own, same_place, suffix
 
 LRS = 0.01, 0.03, 0.1, 0.3, 1.0  # SGD's grid, on standardised features
 DECAYS = 0.0, 1e-4, 1e-3, 1e-2
@@ -208,7 +208,7 @@ def prepare(checkpoint, dataset, data, download, limit, subset, validate, recipe
         raise Refused(f"{checkpoint.parent} cannot be written: copy the checkpoint to a folder that can")
     own_dataset, own_data = frozen.config["dataset"], frozen.config["data"]
     dataset, data = dataset or own_dataset, data or own_data
-    elsewhere = Path(data).resolve() != Path(own_data).resolve() and dataset in (own_dataset, "folder")
+    elsewhere = not same_place(data, own_data) and dataset in (own_dataset, "folder")
     if validate and (elsewhere or limit or dataset != own_dataset):
         raise Refused("--validate takes the run's own images: leave --dataset, --data and --limit out "
                       "(if they have moved, pretrain.py --resume RUN --data DIR notes their new place)")

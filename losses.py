@@ -579,7 +579,7 @@ class _Scores(torch.autograd.Function):
 
 STRIP = 512, 512  # anchors, and columns of the contrast set: on a CPU the powers of a strip stay in a core's cache
 STRIP_ON_GPU = 2048, 8192
-WHOLE = 2**21  # at most so many scores are in a block of whole rows
+WHOLE = 2**21  # at most so many scores, and 256 rows, are in a block of whole rows
 KEPT = 2**24  # about so many powers are kept for the backward; where there are more, it computes the strips again
 NEAR = 80  # of a sum in 2^-80 ... 2^80, float32 loses only powers below 2^-126, and these are below 2^-46 of the sum
 

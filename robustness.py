@@ -31,7 +31,7 @@ from common.frozen import fingerprint, load_classifier, write_json
 from common.images import find_images
 from common.metrics import reliability
 from common.ranks import choose_device
-from common.run_folder import kind_of_its_own, suffix
+from common.run_folder import kind_of_its_own, same_place, suffix
 from common.views import WorkerViews, worker_batches
 
 SEVERITIES = range(1, 6)
@@ -243,7 +243,7 @@ def prepare(path, corrupted, baseline, data, download, limit, workers, seed, as_
             "name one of the same data set")
     own = ours.frozen.config["data"]
     data = data or own
-    elsewhere = Path(data).resolve() != Path(own).resolve() and Path(data).resolve().name
+    elsewhere = not same_place(data, own) and Path(data).resolve().name
     kind = suffix(elsewhere, corrupted and corrupted.resolve().name, limit and f"first{limit}", seed and f"s{seed}")
     named = {"data": elsewhere and data, "corrupted": corrupted}
     named = {name: str(Path(place).resolve()) for name, place in named.items() if place}

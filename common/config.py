@@ -480,7 +480,7 @@ def fit_to_data(config, data):
             f"{source} has one class alone: --loss {config.loss} needs two, --loss simclr none")
     alone = torch.bincount(data.labels, minlength=classes).min() < 2
     require(not objective.pairs or not alone,
-                f"--loss {config.loss} needs two images of every class: raise --limit or --subset, lower --label-noise "
+            f"--loss {config.loss} needs two images of every class: raise --limit or --subset, lower --label-noise "
             "or mend the data")
 
 

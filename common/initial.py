@@ -8,7 +8,7 @@ import torchvision
 
 from common.cli import Refused, say
 from common.models import OURS, has_stem, with_versions
-from common.run_folder import CHECKPOINT, FORMAT, checkpoint_of, is_there, require_entries
+from common.run_folder import CHECKPOINT, FORMAT, checkpoint_of, is_there, load_undamaged, require_entries
 
 PUBLISHED = "torchvision"  # as the value of --init: the weights that torchvision publishes
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the images that those are trained on
@@ -84,7 +84,7 @@ def read_weights(init, arch):
     if init == PUBLISHED:
         return published(arch)
     try:
-        contents = torch.load(checkpoint_of(init), map_location="cpu", weights_only=True)
+        contents = load_undamaged(checkpoint_of(init))
     except Exception as e:  # of a zip archive, of pickle, of the file system
         raise Refused(f"--init {init} cannot be read as weights ({type(e).__name__}): name a run, or a state dict that "
                       "torch.save wrote") from e

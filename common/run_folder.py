@@ -61,10 +61,11 @@ def load_plain(path, kind, script, form, entries, remedy):
 
 def load_undamaged(path):
     """The contents of a file that torch.save wrote. Raises an error where a checksum in it is wrong."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()  # torch.load does not look
-    if damaged:
-        raise zipfile.BadZipFile(damaged)
+    if zipfile.is_zipfile(path):  # as all are but those of very old versions of torch
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look
+        if damaged:
+            raise zipfile.BadZipFile(damaged)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -80,6 +81,11 @@ def require_entries(contents, path, kind, script, form, entries, remedy):
 def checkpoint_of(path):
     """The path of a checkpoint that is named by itself, or by the folder of its run."""
     return Path(path, CHECKPOINTS[0]) if Path(path).is_dir() else Path(path)
+
+
+def same_place(a, b):
+    """Whether two paths, which may be spelled differently, name one place."""
+    return Path(a).resolve() == Path(b).resolve()
 
 
 def newest_checkpoint(run):

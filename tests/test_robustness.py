@@ -373,23 +373,16 @@ def test_what_cannot_be_tested_gives_one_line_and_status_2(
     assert files_in(tmp_path) == before
 
 
-def fog_of(folder, count=60):
-    """A set of one corruption that changes nothing, as its source sees it, and the test set that it was made of."""
-    test = common.data.load_data("shapes", None, False, size=16)
-    folder.mkdir()
-    images = test.images[:count].permute(0, 2, 3, 1).numpy()
-    np.save(folder / "fog.npy", np.tile(images, (5, 1, 1, 1)))
-    np.save(folder / "labels.npy", np.tile(test.labels[:count].numpy(), 5))
-    return SimpleNamespace(size=16, classes=test.classes), test
-
-
 def test_published_images_are_limited_and_brought_to_the_classifiers_size(tmp_path):
-    classifier, test = fog_of(tmp_path / "c")
-    ((images, labels),) = robustness.Cifar10C(tmp_path / "c", classifier, 7).batches("fog", 2)
-    assert torch.equal(images, test.images[:7]) and torch.equal(labels, test.labels[:7])
+    test = common.data.load_data("shapes", None, False, size=16)
+    every = cifar10_c(tmp_path / "c", test, ["fog"]).astype(np.uint8)
+    severity_2 = torch.from_numpy(every[60:120]).permute(0, 3, 1, 2)
+    classifier = SimpleNamespace(size=16, classes=test.classes)
+    ((images, labels),) = robustness.Cifar10C(tmp_path / "c", classifier, 30).batches("fog", 2)
+    assert torch.equal(images, severity_2[:30]) and torch.equal(labels, test.labels[:30])
     classifier.size = 12
-    for images, _ in robustness.Cifar10C(tmp_path / "c", classifier, None).batches("fog", 1):
-        assert torch.equal(images, common.data.resize_square(test.images[:60], 12))
+    ((images, _),) = robustness.Cifar10C(tmp_path / "c", classifier, None).batches("fog", 2)
+    assert torch.equal(images, common.data.resize_square(severity_2, 12))
 
 
 def test_published_folders_are_limited(tmp_path):
@@ -407,7 +400,7 @@ def prepared(path, **options):
 
 
 def test_clean_images_are_limited_as_published_ones(probed, tmp_path):
-    fog_of(tmp_path / "c")
+    cifar10_c(tmp_path / "c", common.data.load_data("shapes", None, False, size=16), ["fog"])
     job = prepared(probed, corrupted=tmp_path / "c", limit=7)
     assert len(job.test.labels) == len(job.test.images) == 7
 

@@ -673,7 +673,7 @@ MISTAKES = {
         ("solo-learn's head as wide as its encoder", '"projection": "2048-256"', '"projection": "r-256"', "published"),
     ],
     "common/run_folder.py": [
-        ("a damaged archive is read", "    if damaged:\n", "    if False:\n", "keeping"),
+        ("a damaged archive is read", "        if damaged:\n", "        if False:\n", "keeping"),
         ("what was written aside stays", 'WRITTEN = "ckpt", "epoch", "config"', 'WRITTEN = "ckpt",', "keeping"),
         ("a checkpoint that is being written moves with the weights", 'to("cpu", copy=True)', 'to("cpu")', "keeping"),
         ("a checkpoint that is being written moves with the losses",
